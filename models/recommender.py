@@ -1,0 +1,7 @@
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict
+
+
+class RecommenderConfig(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")

@@ -1,0 +1,252 @@
+"""Settings: environment variables (``MILLSTREAM_…``, ``__`` between levels) over one TOML file.
+
+Every field has a unit in its name or description and a default. An unknown or impossible value is
+refused by name. ``millstream config`` prints what is in force.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tomllib
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+
+from models.counters import CountersConfig
+from models.encoder import EncoderConfig
+from models.errors import SettingsError
+from models.events import ClockPolicy
+from models.recommender import RecommenderConfig
+from models.retrieval import RetrievalConfig
+from models.user_state import UserStateConfig
+
+CONFIG_FILE_VARIABLE = "MILLSTREAM_CONFIG"
+DEFAULT_CONFIG_FILE = "millstream.toml"
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class KafkaSettings(_Section):
+    """How to reach the cluster; passed to every client."""
+
+    bootstrap_servers: str | None = Field(
+        None, description="host:port, comma-separated. Unset: the broker that `millstream kafka start` runs here."
+    )
+    security_protocol: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = Field(
+        "PLAINTEXT", description="As in Kafka's client configuration."
+    )
+    sasl_mechanism: Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"] = Field(
+        "PLAIN", description="Used where the protocol has SASL."
+    )
+    sasl_username: str | None = Field(None, description="SASL user name.")
+    sasl_password: SecretStr | None = Field(None, description="SASL password.")
+    ssl_cafile: Path | None = Field(None, description="PEM file with the certificates to trust; unset: the system's.")
+    ssl_certfile: Path | None = Field(None, description="PEM file with this client's certificate.")
+    ssl_keyfile: Path | None = Field(None, description="PEM file with this client's key.")
+    ssl_check_hostname: bool = Field(True, description="Whether the broker's certificate must name its host.")
+    request_timeout_seconds: float = Field(30.0, gt=0, le=600, description="Time-out of one request to a broker.")
+
+    @model_validator(mode="after")
+    def _complete(self) -> KafkaSettings:
+        if self.security_protocol.startswith("SASL") and (self.sasl_username is None or self.sasl_password is None):
+            raise ValueError(f"security_protocol {self.security_protocol} needs sasl_username and sasl_password")
+        if (self.ssl_certfile is None) != (self.ssl_keyfile is None):
+            raise ValueError("ssl_certfile and ssl_keyfile go together")
+        return self
+
+
+class LocalBrokerSettings(_Section):
+    """The one-node Kafka that `millstream kafka start` runs."""
+
+    folder: Path = Field(Path(".millstream/kafka"), description="Data, logs and jars of the local broker.")
+    port: int = Field(9092, ge=1, le=65_535, description="Preferred port; a free one is taken where it is in use.")
+    heap: str = Field("512m", pattern=r"^\d+[mg]$", description="Java heap (-Xmx).")
+    start_timeout_seconds: float = Field(90.0, gt=0, description="How long a start may take before it is an error.")
+
+
+class TopicSettings(_Section):
+    """Names and shapes of the topics."""
+
+    prefix: str = Field("millstream", pattern=r"^[A-Za-z0-9._-]{1,100}$", description="First part of each name.")
+    version: int = Field(1, ge=1, description="Last part of each name, as v1.")
+    partitions: int = Field(
+        12,
+        ge=1,
+        le=1_000,
+        description="Partitions of events, users, item-stats and the user table's changelog; fixed for life.",
+    )
+    replication_factor: int = Field(1, ge=1, le=15, description="3 in production.")
+    min_insync_replicas: int = Field(1, ge=1, le=15, description="2 in production.")
+    events_retention_hours: float = Field(7 * 24.0, gt=0, description="How long events are kept, in broker time.")
+    recommendations_retention_hours: float = Field(
+        48.0, gt=0, description="At least the attribution window plus the time in which a slate may be asked about."
+    )
+    training_retention_hours: float = Field(14 * 24.0, gt=0, description="features and labels: the training window.")
+    dead_letters_retention_hours: float = Field(14 * 24.0, gt=0, description="How long refused records are kept.")
+
+    @model_validator(mode="after")
+    def _possible(self) -> TopicSettings:
+        if self.min_insync_replicas > self.replication_factor:
+            raise ValueError("min_insync_replicas is greater than replication_factor: nothing could be written")
+        return self
+
+
+class EventSettings(_Section):
+    """What is accepted from the events topic."""
+
+    clock: ClockPolicy = Field(default_factory=ClockPolicy, description="Event time against broker time.")
+    wrong_partition: Literal["refuse", "accept"] = Field(
+        "refuse",
+        description="A key on a partition that murmur2 does not give it: refuse to the dead letters (default), "
+        "or accept, where every producer agrees on another partitioner.",
+    )
+
+
+class WorkerSettings(_Section):
+    """The Faust worker and its supervisor."""
+
+    group: str = Field("millstream", pattern=r"^[A-Za-z0-9._-]{1,100}$", description="Consumer group, Faust app id.")
+    data_folder: Path = Field(
+        Path(".millstream/worker"), description="In-flight marker, encoder cache; one folder for each worker."
+    )
+    batch_max_events: int = Field(256, ge=1, le=4_096, description="Events in one micro-batch at most.")
+    threads: int = Field(1, ge=1, le=64, description="Threads for NumPy, torch and FAISS in this process.")
+    session_timeout_seconds: float = Field(30.0, ge=6, le=300, description="Kafka group session time-out.")
+    rebalance_timeout_seconds: float = Field(30.0, ge=1, le=300, description="Kafka group rebalance time-out.")
+    heartbeat_interval_seconds: float = Field(3.0, gt=0, description="Kafka group heartbeat interval.")
+    commit_interval_seconds: float = Field(1.0, gt=0, le=60, description="How often offsets are committed.")
+    stuck_commit_seconds: float = Field(
+        60.0, gt=0, description="Read but not committed for this long: the watchdog ends the process."
+    )
+    mirror_timeout_seconds: float = Field(
+        300.0,
+        gt=0,
+        description="How long the start-up gate waits for the mirrors before it says so and goes on waiting.",
+    )
+    max_trigger_age_seconds: float = Field(
+        300.0, gt=0, description="A trigger older than this (broker time) updates state but sends no slate."
+    )
+    slate_lifetime_seconds: float = Field(3_600.0, gt=0, description="expires_at of a slate, after generated_at.")
+    idle_eviction_days: float = Field(
+        90.0, gt=0, description="A row without an event for this long becomes a marker that holds its guard only."
+    )
+    host: str = Field("127.0.0.1", description="Where /metrics, /live and /ready listen.")
+    port: int = Field(9464, ge=0, le=65_535, description="Port of /metrics, /live and /ready; 0 takes a free one.")
+    restart_backoff_seconds: float = Field(1.0, gt=0, description="First wait before a dead child is started again.")
+    restart_backoff_max_seconds: float = Field(30.0, gt=0, description="Longest such wait.")
+    poison_deaths: int = Field(3, ge=1, description="Deaths at the same offsets before they go one by one.")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severe line written.")
+    log_format: Literal["auto", "console", "json"] = Field(
+        "auto", description="auto: console on a terminal, else JSON."
+    )
+
+
+class Settings(BaseSettings):
+    """Everything that is in force, from the environment over the TOML file over the defaults."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="MILLSTREAM_", env_nested_delimiter="__", extra="forbid", frozen=True, validate_default=True
+    )
+
+    kafka: KafkaSettings = Field(default_factory=KafkaSettings)
+    broker: LocalBrokerSettings = Field(default_factory=LocalBrokerSettings)
+    topics: TopicSettings = Field(default_factory=TopicSettings)
+    events: EventSettings = Field(default_factory=EventSettings)
+    worker: WorkerSettings = Field(default_factory=WorkerSettings)
+    user_state: UserStateConfig = Field(default_factory=UserStateConfig)
+    counters: CountersConfig = Field(default_factory=CountersConfig)
+    encoder: EncoderConfig = Field(default_factory=EncoderConfig)
+    retrieval: RetrievalConfig = Field(default_factory=RetrievalConfig)
+    recommender: RecommenderConfig = Field(default_factory=RecommenderConfig)
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        # init values come from the TOML file (see `load`), so the environment goes first.
+        return env_settings, init_settings
+
+
+_OWN_VARIABLES = {CONFIG_FILE_VARIABLE}
+
+
+def load(config_file: Path | None = None) -> Settings:
+    """Read the settings from the environment and the TOML file.
+
+    The file is ``config_file``, else the one that MILLSTREAM_CONFIG names, else ``millstream.toml`` here if
+    there is one. Raises SettingsError, naming every value that is unknown or impossible.
+    """
+    named = config_file or (Path(v) if (v := os.environ.get(CONFIG_FILE_VARIABLE)) else None)
+    path = named or Path(DEFAULT_CONFIG_FILE)
+    values: dict[str, Any] = {}
+    if path.is_file():
+        try:
+            values = tomllib.loads(path.read_text("utf-8"))
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise SettingsError(f"{path} is not TOML: {error}") from None
+    elif named is not None:
+        raise SettingsError(f"the settings file {named} does not exist")
+    unknown = [
+        name
+        for name in os.environ
+        if name.startswith("MILLSTREAM_")
+        and name not in _OWN_VARIABLES
+        and name.removeprefix("MILLSTREAM_").split("__")[0].lower() not in Settings.model_fields
+    ]
+    if unknown:
+        raise SettingsError(f"unknown environment variables: {', '.join(sorted(unknown))}")
+    try:
+        return Settings(**values)
+    except ValidationError as error:
+        lines = [f"  {'.'.join(str(p) for p in e['loc'])}: {e['msg']} (got {e.get('input')!r})" for e in error.errors()]
+        raise SettingsError("settings that cannot be used:\n" + "\n".join(lines)) from None
+
+
+def render_toml(settings: Settings) -> str:
+    """Return the settings as a TOML file that `load` reads back, each with its description, secrets masked."""
+    lines: list[str] = []
+    _render(settings, "", lines)
+    return "\n".join(lines).strip() + "\n"
+
+
+def _render(model: BaseModel, path: str, lines: list[str]) -> None:
+    nested: list[tuple[str, BaseModel]] = []
+    if path:
+        lines += ["", f"[{path}]"]
+    for name, field in type(model).model_fields.items():
+        value = getattr(model, name)
+        if isinstance(value, BaseModel):
+            nested.append((f"{path}.{name}" if path else name, value))
+            continue
+        if field.description:
+            lines.append(f"# {field.description}")
+        if value is None:
+            lines.append(f"# {name} = (unset)")
+        elif isinstance(value, dict) and any(isinstance(v, BaseModel) for v in value.values()):
+            nested += [(f"{path}.{name}.{key}", v) for key, v in value.items()]
+        else:
+            lines.append(f"{name} = {_toml_value(value)}")
+    for child_path, child in nested:
+        _render(child, child_path, lines)
+
+
+def _toml_value(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, int | float):
+        return repr(value)
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(_toml_value(v) for v in value) + "]"
+    if isinstance(value, dict):
+        return "{ " + ", ".join(f"{json.dumps(str(k))} = {_toml_value(v)}" for k, v in value.items()) + " }"
+    return json.dumps(str(value))

@@ -1,0 +1,1 @@
+"""Learns: windows of labelled examples in, bundles out. Calls ``models``, never ``streams``."""
