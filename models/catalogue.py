@@ -1,0 +1,282 @@
+"""The catalogue: items with their vectors, attributes and visibility, as arrays over ItemIndex rows.
+
+Legend of shapes: C = capacity (rows that the arrays hold), D = dimensions of the embedding space, n = any number.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+from models.events import Filters, Item, epoch_ms
+from models.hashing import hash64
+from models.item_index import UNKNOWN, ItemIndex
+
+NEVER_MS: Final = np.iinfo(np.int64).max
+"""``expires_at_ms`` of an item that does not expire."""
+TEXT_CHARACTERS: Final = 2_000
+"""Characters of an item's text that are encoded and hashed: no encoder of ours reads further."""
+_INITIAL_ROWS: Final = 1_024
+_INLINE_CODES: Final = 8
+
+Rows = npt.NDArray[np.int32]
+Bools = npt.NDArray[np.bool_]
+Floats = npt.NDArray[np.float32]
+
+
+def item_text(item: Item) -> str:
+    """Return the text that stands for an item: title and text, else its categories, tags and entities.
+
+    An item whose text is shorter than one sentence is helped by its categories; "" where nothing says what it is.
+    """
+    parts = [item.title.strip(), (item.text or "").strip()]
+    if not parts[1]:
+        parts.append(", ".join([*(item.categories or ()), *(item.tags or ()), *(item.entities or ())]))
+    return ". ".join(p for p in parts if p)[:TEXT_CHARACTERS]
+
+
+def content_hash(item: Item) -> int:
+    """Return the 64-bit hash of an item's text, 0 where it has none: equal hashes need one encoding."""
+    text = item_text(item)
+    return hash64(text) if text else 0
+
+
+class TermCodes:
+    """Interned terms (categories, tags) of each row, so that "has any of these" is one table look-up.
+
+    The first few codes of a row lie in a matrix; rows with more of them keep the rest in a dictionary.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self._codes: dict[str, int] = {}
+        self._inline = np.zeros((capacity, _INLINE_CODES), np.int32)  # 0 = no term
+        self._more: dict[int, list[int]] = {}
+
+    def grow(self, capacity: int) -> None:
+        self._inline = _grown(self._inline, capacity)
+
+    def set(self, row: int, terms: Iterable[str]) -> None:
+        """Replace the terms of a row."""
+        codes = [self._codes.setdefault(t, len(self._codes) + 1) for t in dict.fromkeys(terms)]
+        self._inline[row] = 0
+        self._inline[row, : min(len(codes), _INLINE_CODES)] = codes[:_INLINE_CODES]
+        if len(codes) > _INLINE_CODES:
+            self._more[row] = codes[_INLINE_CODES:]
+        else:
+            self._more.pop(row, None)
+
+    def has_any(self, rows: Rows, terms: Iterable[str]) -> Bools:
+        """Return which rows [n] have at least one of ``terms``, bool [n]."""
+        wanted = {code for t in terms if (code := self._codes.get(t)) is not None}
+        if not wanted:
+            return np.zeros(rows.shape, np.bool_)
+        table = np.zeros(len(self._codes) + 1, np.bool_)
+        table[list(wanted)] = True
+        found: Bools = table[self._inline[rows]].any(axis=-1)
+        if self._more:
+            flat_rows, flat = rows.ravel(), found.reshape(-1)
+            for position in np.flatnonzero(~flat).tolist():
+                more = self._more.get(int(flat_rows[position]))
+                if more is not None and not wanted.isdisjoint(more):
+                    flat[position] = True
+            found = flat.reshape(rows.shape)
+        return found
+
+
+class Catalogue:
+    """Items by row: what they are, where they lie in the embedding space, whether they may be shown.
+
+    Written by one thread. Others may read at any time: arrays are replaced when they grow, never resized, and an
+    item becomes servable only after its attributes and its vector's row are there. The arrays hold ``capacity`` rows,
+    which may be fewer than the index (an action may name an item that no record has named yet): rows from elsewhere
+    go through ``servable`` first, or through ``reserve``. Servable rows are always inside the arrays.
+    """
+
+    def __init__(self, index: ItemIndex, dim: int) -> None:
+        self.index = index
+        self.dim = dim
+        self.visibility_version = 0
+        """Rises whenever an item stops being servable: a slate computed under an older one is checked again."""
+        self.vectors: Floats = np.zeros((_INITIAL_ROWS, dim), np.float32)
+        """float32 [C, D], unit norm, zero where there is none."""
+        self.has_vector: Bools = np.zeros(_INITIAL_ROWS, np.bool_)
+        self.hidden: Bools = np.zeros(_INITIAL_ROWS, np.bool_)
+        self.in_catalogue: Bools = np.zeros(_INITIAL_ROWS, np.bool_)
+        self.published_at_ms: npt.NDArray[np.int64] = np.zeros(_INITIAL_ROWS, np.int64)
+        """int64 [C], 0 = not given."""
+        self.expires_at_ms: npt.NDArray[np.int64] = np.full(_INITIAL_ROWS, NEVER_MS, np.int64)
+        self.price: npt.NDArray[np.float64] = np.full(_INITIAL_ROWS, np.nan, np.float64)
+        """float64 [C], NaN = not given."""
+        self._content: npt.NDArray[np.uint64] = np.zeros(_INITIAL_ROWS, np.uint64)
+        self._encoded: npt.NDArray[np.uint64] = np.zeros(_INITIAL_ROWS, np.uint64)
+        self._items: dict[int, Item] = {}
+        self._categories = TermCodes(_INITIAL_ROWS)
+        self._tags = TermCodes(_INITIAL_ROWS)
+
+    @property
+    def capacity(self) -> int:
+        """Rows that every array holds."""
+        return int(self.in_catalogue.shape[0])
+
+    def __len__(self) -> int:
+        """Items in the catalogue, hidden and expired ones included, removed ones not."""
+        return int(self.in_catalogue.sum())
+
+    def reserve(self, rows: int | None = None) -> None:
+        """Make the arrays hold ``rows`` rows, by default all of the index; they grow by doubling."""
+        needed = len(self.index) if rows is None else rows
+        if needed <= self.capacity:
+            return
+        capacity = self.capacity
+        while capacity < needed:
+            capacity *= 2
+        self._categories.grow(capacity)
+        self._tags.grow(capacity)
+        for name in ("vectors", "has_vector", "hidden", "published_at_ms", "price", "_content", "_encoded"):
+            setattr(self, name, _grown(getattr(self, name), capacity))
+        self.price[len(self.in_catalogue) :] = np.nan
+        expires = _grown(self.expires_at_ms, capacity)
+        expires[len(self.in_catalogue) :] = NEVER_MS
+        self.expires_at_ms = expires
+        # Last: `capacity` is read from it, and a row must not look present before the other arrays hold it.
+        self.in_catalogue = _grown(self.in_catalogue, capacity)
+
+    def upsert(self, item: Item) -> int:
+        """Add or replace an item and return its row. Its vector stays as it is until ``set_vector``.
+
+        The long ``text`` and the client's ``embedding`` are not kept: only their hash and their vector matter here.
+        """
+        row = self.index.add(item.item_id)
+        self.reserve(row + 1)
+        was_shown = bool(self.in_catalogue[row] and not self.hidden[row])
+        expired_before = int(self.expires_at_ms[row])
+        self.published_at_ms[row] = 0 if item.published_at is None else epoch_ms(item.published_at)
+        self.expires_at_ms[row] = NEVER_MS if item.expires_at is None else epoch_ms(item.expires_at)
+        self.price[row] = math.nan if item.price is None else item.price
+        self._content[row] = content_hash(item)
+        self._categories.set(row, item.categories or ())
+        self._tags.set(row, item.tags or ())
+        kept = Item(
+            item_id=item.item_id,
+            title=item.title,
+            categories=item.categories,
+            tags=item.tags,
+            entities=item.entities,
+            published_at=item.published_at,
+            expires_at=item.expires_at,
+            is_hidden=item.is_hidden,
+            price=item.price,
+            attributes=item.attributes,
+        )
+        self._items[row] = kept
+        self.hidden[row] = item.is_hidden
+        self.in_catalogue[row] = True
+        if was_shown and (item.is_hidden or self.expires_at_ms[row] < expired_before):
+            self.visibility_version += 1
+        return row
+
+    def remove(self, item_id: str) -> int:
+        """Take an item out and return its row, or UNKNOWN. It stays addressable (rings name it), never servable."""
+        row = self.index.row(item_id)
+        if row == UNKNOWN or row >= self.capacity or not self.in_catalogue[row]:
+            return UNKNOWN if row == UNKNOWN else row
+        self.in_catalogue[row] = False
+        self.visibility_version += 1
+        return row
+
+    def set_vector(self, row: int, vector: npt.ArrayLike, encoded_hash: int | None = None) -> None:
+        """Give a row its vector, float [D], scaled to unit norm here; a zero vector takes it away.
+
+        ``encoded_hash`` is the content hash of the text that was encoded; by default, the item's present one.
+        """
+        values = np.asarray(vector, np.float32)
+        if values.shape != (self.dim,):
+            raise ValueError(f"a vector of shape {values.shape} for a space of {self.dim} dimensions; nothing was set")
+        self.reserve(row + 1)
+        norm = float(np.linalg.norm(values))
+        usable = math.isfinite(norm) and norm > 1e-12
+        self.vectors[row] = values / norm if usable else 0.0
+        self.has_vector[row] = usable
+        self._encoded[row] = self._content[row] if encoded_hash is None else encoded_hash
+
+    def needs_encoding(self, row: int) -> bool:
+        """Return whether the text of a row is not the one that its vector was made from."""
+        return bool(row < self.capacity and self._content[row] != 0 and self._content[row] != self._encoded[row])
+
+    def content_hash(self, row: int) -> int:
+        """Return the content hash of a row's text, 0 where it has none."""
+        return int(self._content[row]) if 0 <= row < self.capacity else 0
+
+    def servable(self, rows: Rows, now_ms: int) -> Bools:
+        """Return which rows may be shown at ``now_ms``, bool, same shape: in the catalogue, not hidden, not expired.
+
+        Rows that are UNKNOWN or that no record has named are not. An item without a vector is servable.
+        """
+        rows = np.asarray(rows)
+        inside = (rows >= 0) & (rows < self.capacity)
+        safe = np.where(inside, rows, 0)
+        allowed: Bools = inside & self.in_catalogue[safe] & ~self.hidden[safe] & (self.expires_at_ms[safe] > now_ms)
+        return allowed
+
+    def servable_rows(self, now_ms: int) -> Rows:
+        """Return all servable rows at ``now_ms``, int32 [n], rising."""
+        alive = self.in_catalogue & ~self.hidden & (self.expires_at_ms > now_ms)
+        return np.flatnonzero(alive).astype(np.int32)
+
+    def item(self, row: int) -> Item | None:
+        """Return the item's record without ``text`` and ``embedding``, or None where no record named it.
+
+        Removed items are still there: a reason may name one.
+        """
+        return self._items.get(int(row))
+
+    def vectors_of(self, rows: Rows) -> tuple[Floats, Bools]:
+        """Return vectors float32 [..., D] (zero where unknown) and whether each is known, bool [...]."""
+        rows = np.asarray(rows)
+        known = (rows >= 0) & (rows < self.capacity)
+        safe = np.where(known, rows, 0)
+        known &= self.has_vector[safe]
+        found: Floats = self.vectors[safe]
+        found[~known] = 0.0
+        return found, known
+
+    def by_hash(self, hashes: npt.NDArray[np.uint64]) -> tuple[Floats, Bools]:
+        """Return the vectors of 64-bit item hashes [n]: float32 [n, D] and whether each is known, bool [n]."""
+        return self.vectors_of(self.index.rows_by_hash(hashes.tolist(), hashes.shape[0]))
+
+    def by_short_hash(self, hashes: npt.NDArray[np.uint32]) -> tuple[Floats, Bools]:
+        """Return the vectors of 32-bit item hashes [n], as ``by_hash``; an ambiguous one is unknown."""
+        return self.vectors_of(self.index.rows_by_short_hash(hashes.tolist(), hashes.shape[0]))
+
+    def filter_mask(self, rows: Rows, filters: Filters) -> Bools:
+        """Return which rows fit ``filters``, bool, same shape as ``rows``.
+
+        ``categories`` and ``tags`` ask for at least one of the named ones, spelled alike. An item that does not say
+        its time or price fits no filter on it.
+        """
+        rows = np.asarray(rows)
+        inside = (rows >= 0) & (rows < self.capacity)
+        safe = np.where(inside, rows, 0)
+        mask: Bools = inside
+        if filters.categories is not None:
+            mask = mask & self._categories.has_any(safe, filters.categories)
+        if filters.tags is not None:
+            mask = mask & self._tags.has_any(safe, filters.tags)
+        if filters.published_after is not None:
+            after_ms = max(1, epoch_ms(filters.published_after))
+            mask = mask & (self.published_at_ms[safe] >= after_ms)
+        if filters.min_price is not None:
+            mask = mask & (self.price[safe] >= filters.min_price)
+        if filters.max_price is not None:
+            mask = mask & (self.price[safe] <= filters.max_price)
+        return mask
+
+
+def _grown(array: npt.NDArray[np.generic], capacity: int) -> npt.NDArray[np.generic]:
+    grown = np.zeros((capacity, *array.shape[1:]), array.dtype)
+    grown[: array.shape[0]] = array
+    return grown
