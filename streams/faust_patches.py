@@ -1,0 +1,163 @@
+"""What Faust 0.15.3 needs to be a worker that loses nothing; each change names the trap that it closes.
+
+The version is pinned: these classes override methods whose bodies were read, not an interface.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import structlog
+from faust.tables.manager import TableManager
+from faust.tables.recovery import Recovery
+from faust.transport.drivers.aiokafka import Consumer
+
+log = structlog.get_logger(__name__)
+
+TakeOver = Callable[[set[int], int], Awaitable[None]]
+"""Called with the owned ``events`` partitions and the group generation before any of their events is delivered."""
+
+
+class GatedRecovery(Recovery):  # type: ignore[misc]
+    """Recovery that loads rows in bulk, waits for the mirrors, and resumes in an order that drops nothing."""
+
+    async def _build_offsets(self, consumer: Any, tps: set[Any], destination: Any, title: str) -> None:
+        """Tell Faust that the changelog is read: ``take_over`` reads it in bulk (30,000 rows/s against 7,000)."""
+        await super()._build_offsets(consumer, tps, destination, title)
+        if title == "active":
+            for tp in tps:
+                destination[tp] = max(self.active_highwaters[tp], -1)
+
+    async def on_recovery_completed(self, generation_id: int = 0) -> None:
+        """Take over the state of the assigned partitions, then let their events flow.
+
+        Issue 596: Faust resumes partitions before it seeks, and ``flow_control.resume()`` then clears queues that
+        already hold events; commits freeze for good at the hole (5 of 9 restarts under backlog). With the flow
+        stopped first, nothing is in the queues when they are cleared (0 of 3).
+        """
+        app: Any = self.app
+        app.consumer.stop_flow()
+        app.flow_control.suspend()
+        await asyncio.sleep(0.2)
+        take_over: TakeOver = app.take_over
+        assigned = {tp.partition for tp in app.assignor.assigned_actives() if tp.topic == app.events_topic_name}
+        await take_over(assigned, generation_id)
+        if app.consumer_generation_id != generation_id:
+            log.info("rebalanced_during_recovery", generation=generation_id)
+            return
+        app.consumer.stop_flow()
+        app.flow_control.suspend()
+        await asyncio.sleep(0)
+        await super().on_recovery_completed(generation_id)
+
+
+class GatedTableManager(TableManager):  # type: ignore[misc]
+    """Table manager that uses ``GatedRecovery``."""
+
+    @property
+    def recovery(self) -> Recovery:
+        """Return the recovery service, created on first use."""
+        if self._recovery is None:
+            self._recovery = GatedRecovery(self.app, self, beacon=self.beacon, loop=self.loop)
+        return self._recovery
+
+
+class DirectConsumer(Consumer):  # type: ignore[misc]
+    """Consumer whose hand-over to the queue costs no task per message.
+
+    Faust wraps each ``callback(message)`` in ``wait_first``: four tasks a message, most of its 100 µs. The wait is
+    needed only where the callback may block, that is when a queue is full or the flow is suspended.
+    """
+
+    async def wait_first(self, *coros: Any, timeout: Any = None) -> Any:
+        """Run a lone hand-over coroutine directly as long as it does not block; else as Faust does."""
+        if len(coros) == 2 and timeout is None and asyncio.iscoroutine(coros[0]):
+            hand_over, suspended = coros
+            if not self.suspend_flow.is_set() and not self.should_stop:
+                pending = _step(hand_over)
+                if pending is None:
+                    suspended.close()
+                    return None
+                hand_over = pending
+            return await super().wait_first(hand_over, suspended)
+        return await super().wait_first(*coros, timeout=timeout)
+
+
+def _step(coroutine: Any) -> Any:
+    """Run ``coroutine`` to its first real suspension; None if it finished, else an awaitable for its rest."""
+    try:
+        waited = coroutine.send(None)
+    except StopIteration:
+        return None
+    return _resume(coroutine, waited)
+
+
+class _Rest:
+    """Awaitable that continues a coroutine which was already started and now waits for ``waited``."""
+
+    def __init__(self, coroutine: Any, waited: Any) -> None:
+        self._coroutine = coroutine
+        self._waited = waited
+
+    def __await__(self) -> Any:
+        waited = self._waited
+        while True:
+            try:
+                value = yield waited
+            except BaseException as error:
+                try:
+                    waited = self._coroutine.throw(error)
+                except StopIteration as stop:
+                    return stop.value
+            else:
+                try:
+                    waited = self._coroutine.send(value)
+                except StopIteration as stop:
+                    return stop.value
+
+
+async def _resume(coroutine: Any, waited: Any) -> Any:
+    if waited is not None:
+        # The future was yielded once already; asyncio wants the flag that says so.
+        waited._asyncio_future_blocking = True
+    return await _Rest(coroutine, waited)
+
+
+async def batches(stream: Any, max_events: int, idle_seconds: float) -> AsyncIterator[list[Any]]:
+    """Yield lists of at most ``max_events`` events as soon as there are any; an empty list after ``idle_seconds``.
+
+    Reads the stream's queue itself: ``take_events`` waits on a free-running timer (half of ``within`` on average), and
+    iterating the stream costs a task switch per event. Messages are tracked as the stream would track them, and
+    acknowledged by ``acknowledge`` alone: an exception in the agent acknowledges nothing.
+    """
+    await stream.maybe_start()
+    app = stream.app
+    queue = stream.channel.queue
+    while not stream.should_stop:
+        try:
+            first = await asyncio.wait_for(queue.get(), idle_seconds)
+        except TimeoutError:
+            yield []
+            continue
+        events = [first]
+        while len(events) < max_events and not queue.empty():
+            events.append(queue.get_nowait())
+        queue.maybe_endorse_pressure_drop()
+        generation = app.consumer_generation_id
+        # Messages of an earlier generation are fetched again by whoever owns the partition now.
+        fresh = [e for e in events if e.message.generation_id == generation and app.flow_control.is_active()]
+        for event in fresh:
+            message = event.message
+            if not message.tracked:
+                message.tracked = True
+                app.consumer.track_message(message)
+        if fresh:
+            yield fresh
+
+
+def acknowledge(events: list[Any]) -> None:
+    """Acknowledge processed events: their offsets may be committed from now on."""
+    for event in events:
+        event.ack()
