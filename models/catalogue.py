@@ -7,42 +7,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
+from models.encoder import content_hash
 from models.events import Filters, Item, epoch_ms
-from models.hashing import hash64
 from models.item_index import UNKNOWN, ItemIndex
 
 NEVER_MS: Final = np.iinfo(np.int64).max
 """``expires_at_ms`` of an item that does not expire."""
-TEXT_CHARACTERS: Final = 2_000
-"""Characters of an item's text that are encoded and hashed: no encoder of ours reads further."""
 _INITIAL_ROWS: Final = 1_024
 _INLINE_CODES: Final = 8
 
 Rows = npt.NDArray[np.int32]
 Bools = npt.NDArray[np.bool_]
 Floats = npt.NDArray[np.float32]
-
-
-def item_text(item: Item) -> str:
-    """Return the text that stands for an item: title and text, else its categories, tags and entities.
-
-    An item whose text is shorter than one sentence is helped by its categories; "" where nothing says what it is.
-    """
-    parts = [item.title.strip(), (item.text or "").strip()]
-    if not parts[1]:
-        parts.append(", ".join([*(item.categories or ()), *(item.tags or ()), *(item.entities or ())]))
-    return ". ".join(p for p in parts if p)[:TEXT_CHARACTERS]
-
-
-def content_hash(item: Item) -> int:
-    """Return the 64-bit hash of an item's text, 0 where it has none: equal hashes need one encoding."""
-    text = item_text(item)
-    return hash64(text) if text else 0
 
 
 class TermCodes:
@@ -53,7 +34,7 @@ class TermCodes:
 
     def __init__(self, capacity: int) -> None:
         self._codes: dict[str, int] = {}
-        self._inline = np.zeros((capacity, _INLINE_CODES), np.int32)  # 0 = no term
+        self._inline: npt.NDArray[np.int32] = np.zeros((capacity, _INLINE_CODES), np.int32)  # 0 = no term
         self._more: dict[int, list[int]] = {}
 
     def grow(self, capacity: int) -> None:
@@ -76,7 +57,7 @@ class TermCodes:
             return np.zeros(rows.shape, np.bool_)
         table = np.zeros(len(self._codes) + 1, np.bool_)
         table[list(wanted)] = True
-        found: Bools = table[self._inline[rows]].any(axis=-1)
+        found: Bools = np.asarray(table[self._inline[rows]].any(axis=-1))
         if self._more:
             flat_rows, flat = rows.ravel(), found.reshape(-1)
             for position in np.flatnonzero(~flat).tolist():
@@ -276,7 +257,7 @@ class Catalogue:
         return mask
 
 
-def _grown(array: npt.NDArray[np.generic], capacity: int) -> npt.NDArray[np.generic]:
+def _grown(array: npt.NDArray[Any], capacity: int) -> npt.NDArray[Any]:
     grown = np.zeros((capacity, *array.shape[1:]), array.dtype)
     grown[: array.shape[0]] = array
     return grown
