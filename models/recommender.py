@@ -1,7 +1,442 @@
+"""States + catalogue + counters → slates, batched: the one call that everything uses.
+
+Axes as in models/ranking.py.
+"""
+
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from models import user_state
+from models.candidates import (
+    GIVEN,
+    POPULAR,
+    SOURCES,
+    Counts,
+    Pool,
+    Refusal,
+    Searcher,
+    merge,
+    no_popular,
+    popular_items,
+    search_tastes,
+)
+from models.catalogue import Catalogue
+from models.events import MAX_CANDIDATES, MAX_K, Filters, Reason, RecommendedItem, Request, epoch_ms
+from models.hashing import hash64
+from models.ranking import (
+    F32,
+    LONG_TERM,
+    PROFILE,
+    QUERY,
+    SHORT_TERM,
+    TASTES,
+    UNWANTED,
+    UNWANTED_PENALTY,
+    Bools,
+    Features,
+    Past,
+    RankingConfig,
+    UserReader,
+    UserRows,
+    clip_ctr,
+    counts_of,
+    is_in,
+    past_of,
+    scale_tastes,
+    score,
+    similarity,
+    top_k,
+    unit,
+)
+from models.reasons import Winners, assemble, nearest_clicked
+
+
+class SurfaceConfig(BaseModel):
+    """One place of the product in which slates are shown."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    k: int = Field(20, ge=1, le=MAX_K, description="Items in a slate where the request does not say.")
+    candidates: int = Field(200, ge=1, le=MAX_CANDIDATES, description="Candidates scored for one slate of usual size.")
 
 
 class RecommenderConfig(BaseModel):
+    """How slates are made."""
+
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    default_surface: str = Field("default", max_length=256, description="Surface of an event that names none.")
+    surfaces: dict[str, SurfaceConfig] = Field(
+        default_factory=lambda: {"default": SurfaceConfig()},
+        description="Surfaces by name. One that is not named here has the values of the default one.",
+    )
+    ranking: RankingConfig = Field(default_factory=RankingConfig, description="Score and rules.")
+    popular_items: int = Field(1_000, ge=1, le=100_000, description="Length of the list of popular items.")
+    popularity_half_life_index: int = Field(
+        1,
+        ge=0,
+        le=3,
+        description="Which half-life of the counters popularity and CTR use; 0 is the first, shortest one.",
+    )
+    refresh_seconds: float = Field(1.0, ge=0, le=600, description="Least time between two lists of popular items.")
+    fallback_ctr: float = Field(
+        0.01, gt=0, lt=1, description="CTR stated in a degraded slate for an item that is not in the popular list."
+    )
+    reason_similarity: float = Field(
+        0.25, ge=-1, le=1, description="Least similarity at which a clicked item is named as the reason of another."
+    )
+
+    @model_validator(mode="after")
+    def _default_exists(self) -> RecommenderConfig:
+        if self.default_surface not in self.surfaces:
+            raise ValueError(f"default_surface {self.default_surface!r} is not one of the surfaces")
+        return self
+
+    def surface(self, name: str | None) -> SurfaceConfig:
+        """Return the values of a surface; those of the default one where the name is unknown or None."""
+        return self.surfaces.get(name or self.default_surface) or self.surfaces[self.default_surface]
+
+
+@dataclass(slots=True)
+class SlateRequest:
+    """One slate to make. ``row`` is the place of the user's row in the rows that are passed along."""
+
+    user_id: str
+    row: int
+    surface: str | None = None
+    k: int | None = None
+    """Items wanted; None: as the surface says."""
+    candidates: Sequence[str] | None = None
+    """Item ids to rank instead of retrieving; unknown ones are passed over."""
+    exclude: Sequence[str] = ()
+    """Item ids that must not appear."""
+    filters: Filters | None = None
+    query_vector: F32 | None = None
+    """float32 [D], of the query in the catalogue's space."""
+    profile_vector: F32 | None = None
+    """float32 [D], of the profile text; used where the user has no vector of their own."""
+    request: Request | None = None
+
+    @classmethod
+    def of(
+        cls,
+        request: Request,
+        row: int,
+        query_vector: F32 | None = None,
+        profile_vector: F32 | None = None,
+    ) -> SlateRequest:
+        """Return what a request record asks for."""
+        return cls(
+            user_id=request.user_id,
+            row=row,
+            surface=request.surface,
+            k=request.k,
+            candidates=request.candidates,
+            exclude=request.exclude or (),
+            filters=request.filters,
+            query_vector=query_vector,
+            profile_vector=profile_vector,
+            request=request,
+        )
+
+
+@dataclass(slots=True)
+class Slate:
+    """An ordered list of items; ``degraded`` where it was made without the user's vectors and rules of score."""
+
+    items: list[RecommendedItem]
+    degraded: bool
+    surface: str
+
+
+class Recommender:
+    """Makes slates from user rows. Reads catalogue, counters and index; never writes to them.
+
+    All calls come from one thread. ``on_stage`` is called with the name of each stage when it is done (retrieve,
+    gather, score, assemble), for metrics and benchmarks.
+    """
+
+    def __init__(
+        self,
+        config: RecommenderConfig,
+        catalogue: Catalogue,
+        counters: Counts,
+        vector_index: Searcher,
+        users: UserReader | None = None,
+        on_stage: Callable[[str], None] | None = None,
+    ) -> None:
+        self.config = config
+        self._catalogue = catalogue
+        self._counters = counters
+        self._vector_index = vector_index
+        self._users = users if users is not None else cast(UserReader, user_state)
+        self._on_stage = on_stage or _no_stage
+        self._popular = no_popular()
+        self._refreshed_at_ms: int | None = None
+        self.fallbacks_without_past = 0
+        """Calls of ``fallback`` that could not even read what the users hid."""
+
+    def refresh(self, now_ms: int) -> None:
+        """Renew the list of popular items, at most once in ``refresh_seconds``; cheap when it is not due."""
+        last_ms = self._refreshed_at_ms
+        if last_ms is not None and 0 <= now_ms - last_ms < self.config.refresh_seconds * 1000:
+            return
+        self._popular = popular_items(
+            self._catalogue,
+            self._counters,
+            self.config.popular_items,
+            now_ms,
+            self.config.popularity_half_life_index,
+        )
+        self._refreshed_at_ms = now_ms
+
+    def recommend(self, rows: UserRows, requests: Sequence[SlateRequest], now_ms: int) -> list[Slate]:
+        """Return one slate for each request, in their order. ``rows``: the user rows that the requests point into.
+
+        A slate has fewer than k items only where fewer may be shown. A request gets the same slate alone and in any
+        batch.
+        """
+        groups: dict[tuple[bool, int], list[int]] = {}
+        for i, request in enumerate(requests):
+            given = request.candidates is not None
+            groups.setdefault((given, 0 if given else self._width(request)), []).append(i)
+        slates: dict[int, Slate] = {}
+        for (given, width), members in groups.items():
+            batch = [requests[i] for i in members]
+            states = rows[np.array([r.row for r in batch], np.int64)]
+            for i, items in zip(members, self._rank(states, batch, given, width, now_ms), strict=True):
+                slates[i] = Slate(items, False, self._surface_name(requests[i]))
+        return [slates[i] for i in range(len(requests))]
+
+    def fallback(self, rows: UserRows, requests: Sequence[SlateRequest], now_ms: int) -> list[Slate]:
+        """Return degraded slates, from the list of popular items alone, for when ``recommend`` fails.
+
+        Shares no code with ``recommend``: no vectors, no index, no counters, plain Python. Items that the user hid
+        are left out where the row can be read. A slate may be shorter than k under a narrow filter.
+        """
+        hidden = self._hidden_hashes(rows, requests)
+        popular = self._popular.rows.tolist()
+        place = {row: i for i, row in enumerate(popular)}
+        slates = []
+        for request, hashes in zip(requests, hidden, strict=True):
+            pool = popular
+            if request.candidates is not None:
+                asked = {self._catalogue.index.row(item_id) for item_id in request.candidates}
+                pool = sorted(asked, key=lambda row: (place.get(row, len(popular)), row))
+            k = self._k(request)
+            excluded = frozenset(request.exclude)
+            items: list[RecommendedItem] = []
+            for row in pool:
+                if len(items) == k:
+                    break
+                if not plainly_servable(self._catalogue, row, now_ms, request.filters):
+                    continue
+                item_id = self._catalogue.index.item_id(row)
+                if item_id in excluded or (hashes and hash64(item_id) in hashes):
+                    continue
+                items.append(self._plain_item(item_id, row, place.get(row), len(items) + 1, request))
+            slates.append(Slate(items, True, self._surface_name(request)))
+        return slates
+
+    def _k(self, request: SlateRequest) -> int:
+        k = request.k if request.k is not None else self.config.surface(request.surface).k
+        return max(0, min(k, MAX_K))
+
+    def _width(self, request: SlateRequest) -> int:
+        """Candidates to score: as the surface says, doubled until a long slate still has twice as many to choose from.
+
+        Steps of two keep requests of different k in few groups.
+        """
+        width = self.config.surface(request.surface).candidates
+        while width < 2 * self._k(request):
+            width *= 2
+        return width
+
+    def _surface_name(self, request: SlateRequest) -> str:
+        return request.surface or self.config.default_surface
+
+    def _rank(
+        self, states: UserRows, batch: Sequence[SlateRequest], given: bool, width: int, now_ms: int
+    ) -> list[list[RecommendedItem]]:
+        """Return the items of one group of requests: all with given candidates, or all retrieved at one width."""
+        ranking = self.config.ranking
+        ks = np.array([self._k(r) for r in batch], np.int64)
+        tastes, active = self._tastes(states, batch, now_ms)
+        past = past_of(self._users, states, self._catalogue.index, now_ms, ranking)
+        refuse = Refusal(self._catalogue, batch, None if given else past.unwanted, now_ms)
+        if given:
+            pool = self._given(batch, refuse)
+        else:
+            found = search_tastes(self._vector_index, tastes, active, max(1, width // 2))
+            pool = merge(found, active, self._popular.rows, width, refuse)
+            self._complete(pool, ks, tastes, active, refuse, now_ms)
+        self._on_stage("retrieve")
+        features = self._gather(pool, tastes, past, now_ms)
+        self._on_stage("gather")
+        scores = score(features, ranking)
+        if given:
+            scores -= is_in(pool.rows, past.unwanted) * UNWANTED_PENALTY
+        columns, counts = top_k(scores, pool.rows, pool.valid, int(ks.max(initial=0)))
+        self._on_stage("score")
+        winners = self._winners(pool, features, scores, columns, np.minimum(counts, ks), past, active)
+        items = assemble(winners, self._catalogue)
+        self._on_stage("assemble")
+        return items
+
+    def _tastes(self, states: UserRows, batch: Sequence[SlateRequest], now_ms: int) -> tuple[F32, Bools]:
+        """Return what each request is after, float32 [B, V, D], and which kinds there are, bool [B, V].
+
+        A query counts whenever there is one; a profile only where the user has no vector of their own.
+        """
+        short, long, has = self._users.user_vectors(states, now_ms)
+        tastes = np.zeros((len(batch), len(TASTES), self._catalogue.dim), np.float32)
+        tastes[:, SHORT_TERM] = scale_tastes(short, self.config.ranking.full_norm)
+        tastes[:, LONG_TERM] = scale_tastes(long, self.config.ranking.full_norm)
+        tastes[~has] = 0.0
+        for b, request in enumerate(batch):
+            if request.query_vector is not None:
+                tastes[b, QUERY] = unit(request.query_vector)
+            if request.profile_vector is not None and not has[b]:
+                tastes[b, PROFILE] = unit(request.profile_vector)
+        tastes[~np.isfinite(tastes).all(axis=2)] = 0.0
+        return tastes, np.any(tastes != 0, axis=2)
+
+    def _given(self, batch: Sequence[SlateRequest], refuse: Refusal) -> Pool:
+        """Return the candidates that the requests name, each once, servable ones only."""
+        lists = [self._catalogue.index.rows(list(dict.fromkeys(r.candidates or ()))) for r in batch]
+        rows = np.full((len(batch), max(len(found) for found in lists)), -1, np.int32)
+        for b, found in enumerate(lists):
+            rows[b, : len(found)] = found
+        rows[refuse(rows)] = -1
+        return Pool(rows, np.full(rows.shape, GIVEN, np.int8))
+
+    def _complete(
+        self, pool: Pool, ks: npt.NDArray[np.int64], tastes: F32, active: Bools, refuse: Refusal, now_ms: int
+    ) -> None:
+        """Fill, in place, the candidates of requests that would get a short slate, from the whole catalogue.
+
+        Needed under a narrow filter, or where a user has used up what the sources know.
+        """
+        starved = np.flatnonzero(pool.valid.sum(axis=1) < ks)
+        if not len(starved):
+            return
+        servable = self._catalogue.servable_rows(now_ms)
+        ranking = self.config.ranking
+        weights = ranking.taste_weights()
+        for b in starved.tolist():
+            rows = servable[~refuse.one(servable, b)]
+            parts = self._catalogue.vectors[rows] @ (tastes[b] * weights[:, None]).T
+            worth = parts.sum(axis=1) + ranking.popularity_weight * self._popular.strength_of(rows)
+            best = np.lexsort((rows, -worth))[: pool.rows.shape[1]]
+            rows, parts = rows[best], parts[best]
+            kept = dict(zip(pool.rows[b].tolist(), pool.sources[b].tolist(), strict=True))
+            source = (
+                np.where(active[b], parts, -np.inf).argmax(axis=1) if active[b].any() else np.full(len(rows), POPULAR)
+            )
+            pool.rows[b] = -1
+            pool.rows[b, : len(rows)] = rows
+            pool.sources[b, : len(rows)] = [
+                kept.get(row, code) for row, code in zip(rows.tolist(), source.tolist(), strict=True)
+            ]
+
+    def _gather(self, pool: Pool, tastes: F32, past: Past, now_ms: int) -> Features:
+        rows = np.maximum(pool.rows, 0)
+        if not rows.size:
+            nothing = np.zeros(rows.shape, np.float32)
+            return Features(np.zeros((*rows.shape, len(TASTES)), np.float32), nothing, nothing, nothing)
+        return Features(
+            similarity=similarity(self._catalogue.vectors[rows], tastes),
+            ctr=clip_ctr(self._counters.smoothed_ctr(rows, now_ms, self.config.popularity_half_life_index)),
+            popularity=self._popular.strength_of(rows),
+            shown_counts=counts_of(rows, past.shown, past.shown_counts),
+        )
+
+    def _winners(
+        self,
+        pool: Pool,
+        features: Features,
+        scores: F32,
+        columns: npt.NDArray[np.int64],
+        counts: npt.NDArray[np.int64],
+        past: Past,
+        active: Bools,
+    ) -> Winners:
+        rows = np.take_along_axis(pool.rows, columns, axis=1)
+        vectors, _ = self._catalogue.vectors_of(rows)
+        clicked_vectors, known = self._catalogue.vectors_of(past.clicked)
+        return Winners(
+            rows=rows,
+            counts=counts,
+            sources=np.take_along_axis(pool.sources, columns, axis=1),
+            scores=np.take_along_axis(scores, columns, axis=1),
+            ctr=np.take_along_axis(features.ctr, columns, axis=1),
+            trending=np.take_along_axis(features.popularity, columns, axis=1) > 0,
+            nearest=nearest_clicked(vectors, past.clicked, clicked_vectors, known, self.config.reason_similarity),
+            asked=np.where(active[:, QUERY], QUERY, np.where(active[:, PROFILE], PROFILE, -1)).astype(np.int8),
+        )
+
+    def _hidden_hashes(self, rows: UserRows, requests: Sequence[SlateRequest]) -> list[frozenset[int]]:
+        """Return for each request the hashes of items that its user hid or disliked, as far as the rows can be read."""
+        try:
+            hashes, codes, _ = self._users.recent(rows)
+            return [
+                frozenset(
+                    h for h, c in zip(hashes[r.row].tolist(), codes[r.row].tolist(), strict=True) if c in UNWANTED
+                )
+                for r in requests
+            ]
+        except Exception:
+            # Whatever broke `recommend` may break this too; a slate without this rule is better than none.
+            self.fallbacks_without_past += 1
+            return [frozenset()] * len(requests)
+
+    def _plain_item(
+        self, item_id: str, row: int, place: int | None, position: int, request: SlateRequest
+    ) -> RecommendedItem:
+        popular = self._popular
+        source = SOURCES[POPULAR] if request.candidates is None else SOURCES[GIVEN]
+        text = (
+            "Many people click this now" if place is not None and place < popular.counted else "Among the newest items"
+        )
+        return RecommendedItem(
+            item_id=item_id,
+            position=position,
+            score=float(popular.strength[row]) if place is not None else 0.0,
+            ctr=float(popular.ctr[place]) if place is not None else self.config.fallback_ctr,
+            source=source,
+            propensity=None,
+            reason=Reason(kind="trending", text=text),
+        )
+
+
+def plainly_servable(catalogue: Catalogue, row: int, now_ms: int, filters: Filters | None) -> bool:
+    """Tell whether one item may be shown, by its record alone; the fallback's own check."""
+    if not 0 <= row < len(catalogue.in_catalogue) or not catalogue.in_catalogue[row] or catalogue.hidden[row]:
+        return False
+    item = catalogue.item(row)
+    if item is None or (item.expires_at is not None and epoch_ms(item.expires_at) <= now_ms):
+        return False
+    if filters is None:
+        return True
+    if filters.categories is not None and not set(filters.categories) & set(item.categories or ()):
+        return False
+    if filters.tags is not None and not set(filters.tags) & set(item.tags or ()):
+        return False
+    if filters.published_after is not None and (
+        item.published_at is None or epoch_ms(item.published_at) < epoch_ms(filters.published_after)
+    ):
+        return False
+    if filters.min_price is not None and (item.price is None or item.price < filters.min_price):
+        return False
+    return filters.max_price is None or (item.price is not None and item.price <= filters.max_price)
+
+
+def _no_stage(_: str) -> None:
+    """Do nothing when a stage is done."""

@@ -1,0 +1,229 @@
+"""Candidate sources and how they are merged: vector searches, decayed popularity, a scan as the last resort.
+
+Axes as in models/ranking.py. A row of -1 is padding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Final, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from models.catalogue import Catalogue
+from models.events import Filters
+from models.ranking import F32, I32, TASTES, Bools, clip_ctr, is_in
+
+I8 = npt.NDArray[np.int8]
+
+SOURCES: Final = (*TASTES, "popular", "candidates")
+"""Names of the sources of a candidate, by code; the first ones are the tastes, in their order."""
+POPULAR: Final = len(TASTES)
+GIVEN: Final = POPULAR + 1
+CLICKS: Final = 1
+"""Place of clicks among the kinds of the counters (impressions, clicks, weighted actions)."""
+MAX_COLUMNS: Final = 1 << 16
+
+
+class Wish(Protocol):
+    """The part of a request that says what may not be shown."""
+
+    @property
+    def exclude(self) -> Sequence[str]:
+        """Item ids that must not appear."""
+
+    @property
+    def filters(self) -> Filters | None:
+        """What the slate may consist of."""
+
+
+class Refusal:
+    """Tells which rows may not be candidates of each request of a batch.
+
+    Not servable, excluded, filtered out, or in ``unwanted`` int32 [B, X] (None: no such rule).
+    """
+
+    def __init__(self, catalogue: Catalogue, wishes: Sequence[Wish], unwanted: I32 | None, now_ms: int) -> None:
+        self._catalogue = catalogue
+        self._now_ms = now_ms
+        self._unwanted = unwanted
+        self._exclude = {b: catalogue.index.rows(w.exclude) for b, w in enumerate(wishes) if w.exclude}
+        self._filters = {b: w.filters for b, w in enumerate(wishes) if w.filters is not None}
+
+    def __call__(self, rows: I32) -> Bools:
+        """Return which of the rows [B, C] are refused, bool [B, C]; padding is."""
+        refused = ~self._catalogue.servable(rows, self._now_ms)
+        if self._unwanted is not None:
+            refused |= is_in(rows, self._unwanted)
+        for b in self._exclude.keys() | self._filters.keys():
+            refused[b] |= self._by_wish(rows[b], b)
+        return refused
+
+    def one(self, rows: I32, b: int) -> Bools:
+        """Return which of the servable rows [n] the request ``b`` refuses, bool [n]."""
+        refused = self._by_wish(rows, b)
+        if self._unwanted is not None:
+            refused |= np.isin(rows, self._unwanted[b])
+        return refused
+
+    def _by_wish(self, rows: I32, b: int) -> Bools:
+        refused = np.zeros(rows.shape, np.bool_)
+        if b in self._exclude:
+            refused |= np.isin(rows, self._exclude[b])
+        if b in self._filters:
+            refused |= ~self._catalogue.filter_mask(rows, self._filters[b])
+        return refused
+
+
+class Searcher(Protocol):
+    """The part of the vector index that retrieval needs."""
+
+    def search(self, queries: F32, k: int) -> tuple[I32, F32]:
+        """Return rows int32 [n, k], padded with -1, and their similarity float32 [n, k]."""
+
+
+class Counts(Protocol):
+    """The part of the item counters that the recommender needs."""
+
+    def read(self, rows: I32, now_ms: int) -> F32:
+        """Return decayed counts, float32 [..., half-lives, kinds]."""
+
+    def smoothed_ctr(self, rows: I32, now_ms: int, half_life_index: int) -> F32:
+        """Return the smoothed CTR of each row."""
+
+    def top(self, n: int, now_ms: int, half_life_index: int, kind: int, mask: Bools | None = None) -> I32:
+        """Return the rows with the most of one kind of count, best first."""
+
+
+@dataclass(slots=True)
+class Popular:
+    """The most popular servable items at one moment.
+
+    ``rows`` int32 [n], best first; the first ``counted`` have clicks, the rest are the newest items.
+    ``ctr`` float32 [n]: their smoothed CTR. ``strength`` float32 [items]: log-scaled decayed clicks by row, 1 for the
+    strongest, 0 for most.
+    """
+
+    rows: I32
+    counted: int
+    ctr: F32
+    strength: F32
+
+    def strength_of(self, rows: I32) -> F32:
+        """Return the strength of any rows, float32 of their shape; 0 for padding and for items newer than this list."""
+        if not len(self.strength):
+            return np.zeros(rows.shape, np.float32)
+        inside = (rows >= 0) & (rows < len(self.strength))
+        return np.where(inside, self.strength[np.where(inside, rows, 0)], np.float32(0))
+
+
+@dataclass(slots=True)
+class Pool:
+    """Candidates of each request: rows int32 [B, C] padded with -1, and the code of their source int8 [B, C]."""
+
+    rows: I32
+    sources: I8
+
+    @property
+    def valid(self) -> Bools:
+        """Where there is a candidate, bool [B, C]."""
+        return self.rows >= 0
+
+
+def no_popular() -> Popular:
+    """Return the list of a recommender that was never refreshed."""
+    return Popular(np.zeros(0, np.int32), 0, np.zeros(0, np.float32), np.zeros(0, np.float32))
+
+
+def popular_items(items: Catalogue, counts: Counts, n: int, now_ms: int, half_life_index: int) -> Popular:
+    """Return the ``n`` most popular servable items, filled up with the newest ones.
+
+    Popularity is the number of clicks decayed with the half-life of that index. Ties go to the lower row.
+    """
+    n_items = min(len(items.index), items.capacity)
+    every = np.arange(n_items, dtype=np.int32)
+    servable = items.servable(every, now_ms)
+    top = counts.top(n, now_ms, half_life_index, CLICKS, servable)
+    top = top[(top >= 0) & (top < n_items)]
+    top = top[servable[top]]
+    clicks = counts.read(top, now_ms)[:, half_life_index, CLICKS]
+    order = np.lexsort((top, -clicks))
+    order = order[clicks[order] > 0]
+    top, clicks = top[order].astype(np.int32), clicks[order]
+    strength = np.zeros(n_items, np.float32)
+    if len(top):
+        strength[top] = np.log1p(clicks) / max(float(np.log1p(clicks[0])), 1e-9)
+    rest = servable.copy()
+    rest[top] = False
+    others = every[rest]
+    wanted = n - len(top)
+    if len(others) > wanted > 0:
+        published = items.published_at_ms[others]
+        edge = np.partition(published, len(others) - wanted)[len(others) - wanted]
+        others = others[published >= edge]
+    newest = others[np.lexsort((others, -items.published_at_ms[others]))][: max(wanted, 0)]
+    rows = np.concatenate([top, newest])
+    ctr = clip_ctr(counts.smoothed_ctr(rows, now_ms, half_life_index))
+    return Popular(rows, len(top), ctr, strength)
+
+
+def search_tastes(searcher: Searcher, tastes: F32, active: Bools, per_taste: int) -> I32:
+    """Return the nearest items of every active taste, int32 [B, V, per_taste], by one search of the index.
+
+    ``tastes`` float32 [B, V, D], ``active`` bool [B, V]. The number per taste is the same for all, so that a
+    request finds the same items alone and in any batch.
+    """
+    found = np.full((*active.shape, per_taste), -1, np.int32)
+    if active.any():
+        rows, _ = searcher.search(np.ascontiguousarray(tastes[active], dtype=np.float32), per_taste)
+        found[active, : rows.shape[1]] = rows
+    return found
+
+
+def merge(found: I32, active: Bools, popular: I32, width: int, refused: Callable[[I32], Bools]) -> Pool:
+    """Merge searches [B, V, n] and the popular list [p] into at most ``width`` different candidates a request.
+
+    Sources take turns by rank, the vector searches twice for each popular item. A request without an active
+    taste gets popular items alone. ``refused`` tells for rows [B, M] which may not be candidates.
+    """
+    batch, tastes, per_taste = found.shape
+    used = [v for v in range(tastes) if active[:, v].any()]
+    popular = popular[:width]
+    rows = np.concatenate(
+        [found[:, used].reshape(batch, -1), np.broadcast_to(popular, (batch, len(popular)))], axis=1
+    ).astype(np.int64)
+    ranks = np.concatenate([np.tile(np.arange(per_taste), len(used)), 2 * np.arange(len(popular)) + 0.5])
+    sources = np.concatenate([np.repeat(np.array(used, np.int64), per_taste), np.full(len(popular), POPULAR)])
+    turn = np.lexsort((sources, ranks))
+    rows, sources = rows[:, turn], sources[turn].astype(np.int8)
+    gone = (rows < 0) | refused(rows.astype(np.int32))
+    return _first_of_each(rows, sources, gone, width)
+
+
+def _first_of_each(rows: npt.NDArray[np.int64], sources: I8, gone: Bools, width: int) -> Pool:
+    """Keep the first occurrence of each row, in column order, at most ``width`` of them.
+
+    Two sorts of packed (row, column) keys: NumPy sorts plain integers many times faster than it argsorts.
+    """
+    batch, columns = rows.shape
+    if not columns:
+        return Pool(np.full((batch, width), -1, np.int32), np.zeros((batch, width), np.int8))
+    last = np.iinfo(np.int64).max
+    keys = rows * MAX_COLUMNS + np.arange(columns)
+    keys[gone] = last
+    keys.sort(axis=1)
+    row = keys // MAX_COLUMNS
+    column = keys % MAX_COLUMNS
+    again = np.zeros(keys.shape, np.bool_)
+    again[:, 1:] = row[:, 1:] == row[:, :-1]
+    packed = (column << 32) | row
+    packed[again | (keys == last)] = last
+    packed.sort(axis=1)
+    packed = packed[:, :width]
+    kept = packed != last
+    pool = Pool(np.full((batch, width), -1, np.int32), np.zeros((batch, width), np.int8))
+    pool.rows[:, : packed.shape[1]] = np.where(kept, packed & 0xFFFFFFFF, -1)
+    pool.sources[:, : packed.shape[1]] = sources[np.where(kept, packed >> 32, 0)]
+    return pool

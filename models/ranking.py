@@ -1,0 +1,219 @@
+"""Candidates to an order: features of each pair of user and item, one score, rules, the best k.
+
+Axes: B requests, C candidates, D dimensions of a vector, S items shown lately, R recent items,
+V kinds of taste (TASTES), K positions of a slate. A row of -1 is padding everywhere.
+Nothing here writes state: the same inputs give the same order, whatever else is in the batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Final, Protocol
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import BaseModel, ConfigDict, Field
+
+from models.events import ACTIONS
+from models.item_index import ItemIndex
+
+UserRows = npt.NDArray[Any]
+"""User rows: a structured array of models.user_row.ROW, [n]."""
+F32 = npt.NDArray[np.float32]
+I32 = npt.NDArray[np.int32]
+Bools = npt.NDArray[np.bool_]
+
+TASTES: Final = ("short_term", "long_term", "profile", "query")
+"""Order of the vectors that describe what a request is after; also names of candidate sources."""
+SHORT_TERM, LONG_TERM, PROFILE, QUERY = range(4)
+SCORE_STEPS: Final = 1e5
+"""Scores are compared in steps of 1e-5, so that the last bits of a matrix product never decide an order."""
+CTR_EDGE: Final = 1e-6
+NO_ROW: Final = -2
+"""Padding of sets of rows: equal to no candidate, and not to the padding of candidates."""
+UNWANTED_PENALTY: Final = np.float32(1e4)
+"""Puts an item that would be left out behind all others, where the request names its candidates."""
+LIKED: Final = tuple(ACTIONS.index(a) for a in ("click", "like", "share", "purchase"))
+"""Codes of actions that may be named as a reason."""
+USED: Final = (*LIKED, ACTIONS.index("rating"), ACTIONS.index("dwell"))
+"""Codes of actions after which an item is not shown again for a while."""
+UNWANTED: Final = (ACTIONS.index("hide"), ACTIONS.index("dislike"))
+"""Codes of actions after which an item is left out as long as the row remembers it."""
+
+
+class RankingConfig(BaseModel):
+    """Weights of the score, and what a user's own recent past rules out."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    short_term_weight: float = Field(1.0, ge=0, le=100, description="Weight of similarity to the short-term vector.")
+    long_term_weight: float = Field(0.5, ge=0, le=100, description="Weight of similarity to the long-term vector.")
+    profile_weight: float = Field(1.0, ge=0, le=100, description="Weight of similarity to the profile text.")
+    query_weight: float = Field(2.0, ge=0, le=100, description="Weight of similarity to the query.")
+    full_norm: float = Field(
+        0.05,
+        gt=0,
+        le=10,
+        description="Norm from which a user vector counts in full; a weaker one (little evidence, or old) counts less.",
+    )
+    ctr_weight: float = Field(
+        0.15, ge=0, le=100, description="Weight of the smoothed CTR, for each unit of its log-odds."
+    )
+    popularity_weight: float = Field(
+        0.3, ge=0, le=100, description="Weight of decayed popularity (1 for the most popular item, logarithmic)."
+    )
+    shown_window_seconds: float = Field(
+        21_600.0, ge=0, description="How long an item counts as shown lately, in seconds after it was last shown."
+    )
+    shown_limit: int = Field(
+        3, ge=1, le=255, description="Shown lately this often and not clicked: the item is left out of the slate."
+    )
+    shown_penalty: float = Field(
+        0.1, ge=0, le=100, description="Taken from the score for each time that the item was shown lately."
+    )
+    clicked_window_seconds: float = Field(
+        604_800.0, ge=0, description="Items that the user clicked within this many seconds are left out."
+    )
+
+    def taste_weights(self) -> F32:
+        """Return the weights of similarity, float32 [V], in the order of TASTES."""
+        return np.array(
+            [self.short_term_weight, self.long_term_weight, self.profile_weight, self.query_weight], np.float32
+        )
+
+
+class UserReader(Protocol):
+    """What the recommender reads of user rows; the module models.user_state is one."""
+
+    def user_vectors(self, rows: UserRows, now_ms: int) -> tuple[F32, F32, Bools]:
+        """Return short-term and long-term vectors float32 [n, D] as of ``now_ms``, and whether there is any, [n]."""
+
+    def shown(self, rows: UserRows) -> tuple[npt.NDArray[np.uint32], npt.NDArray[Any], npt.NDArray[np.int64]]:
+        """Return short hashes of items shown lately [n, S] (0 = none), how often, and when last (ms)."""
+
+    def recent(self, rows: UserRows) -> tuple[npt.NDArray[np.uint64], npt.NDArray[Any], npt.NDArray[np.int64]]:
+        """Return hashes of recent items [n, R] (0 = none), action codes (places in ACTIONS), and times (ms)."""
+
+
+@dataclass(slots=True)
+class Past:
+    """What each user's own recent past says about items.
+
+    ``unwanted`` int32 [B, X]: rows to leave out (clicked lately, hidden, disliked, shown too often).
+    ``shown`` int32 [B, S] and ``shown_counts`` float32 [B, S]: rows shown lately and how often.
+    Both are padded with -2, which equals no candidate.
+    ``clicked`` int32 [B, R]: rows of items that the user liked to see (for reasons), -1 elsewhere.
+    """
+
+    unwanted: I32
+    shown: I32
+    shown_counts: F32
+    clicked: I32
+
+
+@dataclass(slots=True)
+class Features:
+    """What the score is made of, float32: similarity [B, C, V], the others [B, C]; ``ctr`` is within (0, 1)."""
+
+    similarity: F32
+    ctr: F32
+    popularity: F32
+    shown_counts: F32
+
+
+def past_of(reader: UserReader, states: UserRows, index: ItemIndex, now_ms: int, config: RankingConfig) -> Past:
+    """Return what the rows of B users say about items at ``now_ms``."""
+    hashes, codes, times_ms = reader.recent(states)
+    recent = index.rows_by_hash(hashes.ravel().tolist(), hashes.size).reshape(hashes.shape)
+    liked = np.isin(codes, LIKED) & (recent >= 0)
+    lately = now_ms - times_ms <= config.clicked_window_seconds * 1000
+    clicked = np.isin(codes, USED) & lately
+    refused = np.isin(codes, UNWANTED)
+
+    short_hashes, counts, shown_ms = reader.shown(states)
+    shown = index.rows_by_short_hash(short_hashes.ravel().tolist(), short_hashes.size).reshape(short_hashes.shape)
+    lately = now_ms - shown_ms <= config.shown_window_seconds * 1000
+    answered = is_in(shown, np.where(np.isin(codes, USED), recent, NO_ROW))
+    times = np.where(lately & ~answered, counts, 0).astype(np.float32)
+    too_often = times >= config.shown_limit
+    unwanted = np.concatenate([np.where(clicked | refused, recent, -1), np.where(too_often, shown, -1)], axis=1)
+    unwanted[unwanted < 0] = NO_ROW
+    return Past(
+        unwanted=unwanted[:, (unwanted >= 0).any(axis=0)],
+        shown=np.where(shown >= 0, shown, NO_ROW),
+        shown_counts=times,
+        clicked=np.where(liked, recent, -1),
+    )
+
+
+def unit(vector: F32) -> F32:
+    """Return a vector [D] scaled to norm 1, or zeros where it has none."""
+    norm = float(np.linalg.norm(vector))
+    return np.asarray(vector, np.float32) / np.float32(norm) if norm > 0 else np.zeros_like(vector, np.float32)
+
+
+def scale_tastes(vectors: F32, full_norm: float) -> F32:
+    """Return user vectors [..., D] scaled to norm 1, or less where their norm is below ``full_norm``.
+
+    A user vector's norm is its evidence: it grows with each click and decays with time.
+    """
+    norms = np.linalg.norm(vectors, axis=-1, keepdims=True)
+    return (vectors / np.maximum(norms, full_norm)).astype(np.float32, copy=False)
+
+
+def similarity(item_vectors: F32, tastes: F32) -> F32:
+    """Return dot products of items [B, C, D] with tastes [B, V, D], float32 [B, C, V]."""
+    return np.matmul(item_vectors, tastes.transpose(0, 2, 1))
+
+
+def is_in(rows: I32, sets: I32) -> Bools:
+    """Tell for each row [B, C] whether it is in the set of its request [B, X]; bool [B, C]."""
+    found = np.zeros(rows.shape, np.bool_)
+    for column in range(sets.shape[1]):
+        found |= rows == sets[:, column : column + 1]
+    return found
+
+
+def counts_of(rows: I32, sets: I32, counts: F32) -> F32:
+    """Return for each row [B, C] the sum of ``counts`` [B, X] where ``sets`` [B, X] holds it; float32 [B, C]."""
+    found = np.zeros(rows.shape, np.float32)
+    for column in range(sets.shape[1]):
+        edge = slice(column, column + 1)
+        found += (rows == sets[:, edge]) * counts[:, edge]
+    return found
+
+
+def score(features: Features, config: RankingConfig) -> F32:
+    """Return the score of each pair, float32 [B, C]: a weighted sum, for ordering only.
+
+    score = Σ_v w_v·sim_v + w_ctr·logit(ctr) + w_pop·popularity − penalty·times shown lately.
+    """
+    ctr = clip_ctr(features.ctr)
+    total = features.similarity @ config.taste_weights()
+    total += np.float32(config.ctr_weight) * np.log(ctr / (1 - ctr))
+    total += np.float32(config.popularity_weight) * features.popularity
+    total -= np.float32(config.shown_penalty) * features.shown_counts
+    return np.nan_to_num(total, copy=False, nan=0.0, posinf=1e4, neginf=-1e4)
+
+
+def clip_ctr(ctr: F32) -> F32:
+    """Return CTR values kept inside (0, 1), float32 as given."""
+    return np.clip(ctr, np.float32(CTR_EDGE), np.float32(1 - CTR_EDGE))
+
+
+def top_k(scores: F32, rows: I32, valid: Bools, k: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Return the columns of the best ``k`` of each request, best first, int64 [B, min(k, C)], and how many count [B].
+
+    Ties (scores equal to 1e-5) are broken by the row number, lowest first. Columns from the count on are
+    padding.
+    """
+    steps = np.rint(np.clip(scores, -2e4, 2e4) * SCORE_STEPS).astype(np.int64)
+    keys = (-steps << 32) | rows.astype(np.int64)
+    keys[~valid] = np.iinfo(np.int64).max
+    k = min(k, rows.shape[1])
+    if k < rows.shape[1]:
+        columns = np.argpartition(keys, k - 1, axis=1)[:, :k] if k else np.zeros((len(rows), 0), np.int64)
+    else:
+        columns = np.broadcast_to(np.arange(k), keys.shape)
+    order = np.argsort(np.take_along_axis(keys, columns, axis=1), axis=1, kind="stable")
+    return np.take_along_axis(columns, order, axis=1), np.minimum(valid.sum(axis=1), k)

@@ -1,0 +1,125 @@
+"""Winners to the items of a slate: id, source and a reason in plain English.
+
+Axes as in models/ranking.py, K positions of a slate.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+from models.candidates import GIVEN, POPULAR, SOURCES
+from models.catalogue import Catalogue
+from models.events import Reason, RecommendedItem
+from models.ranking import F32, I32, LONG_TERM, PROFILE, QUERY, SHORT_TERM, Bools
+
+BECAUSE_CLICKED: Final = "because_clicked"
+TRENDING: Final = "trending"
+LIKE_PROFILE: Final = "like_profile"
+MATCHES_QUERY: Final = "matches_query"
+KINDS: Final = (BECAUSE_CLICKED, TRENDING, LIKE_PROFILE, MATCHES_QUERY)
+TITLE_CHARACTERS: Final = 80
+
+_TRENDING = Reason(kind=TRENDING, text="Many people click this now")
+_NEWEST = Reason(kind=TRENDING, text="Among the newest items")
+_CHOSEN = Reason(kind=TRENDING, text="The best known of the items asked for")
+_PROFILE = Reason(kind=LIKE_PROFILE, text="Fits your profile")
+_QUERY = Reason(kind=MATCHES_QUERY, text="Matches your search")
+_RECENT = Reason(kind=BECAUSE_CLICKED, text="Like what you clicked before")
+
+
+@dataclass(slots=True)
+class Winners:
+    """The chosen items of a batch, best first.
+
+    ``rows`` int32 [B, K], ``counts`` int64 [B] (how many of the K there are), ``sources`` int8 [B, K], ``scores`` and
+    ``ctr`` float32 [B, K], ``trending`` bool [B, K] (has decayed clicks), ``nearest`` int32 [B, K]: row of the nearest
+    item clicked lately, -1 where none is near, ``asked`` int8 [B]: taste that speaks for items without a nearest
+    one, -1 for none.
+    """
+
+    rows: I32
+    counts: npt.NDArray[np.int64]
+    sources: npt.NDArray[np.int8]
+    scores: F32
+    ctr: F32
+    trending: Bools
+    nearest: I32
+    asked: npt.NDArray[np.int8]
+
+
+def nearest_clicked(winner_vectors: F32, clicked: I32, clicked_vectors: F32, known: Bools, least: float) -> I32:
+    """Return for each winner the row of the nearest item that its user clicked lately, int32 [B, K], -1 for none.
+
+    ``winner_vectors`` float32 [B, K, D], ``clicked`` int32 [B, R], ``clicked_vectors`` float32 [B, R, D], ``known``
+    bool [B, R]. A similarity below ``least`` is no reason.
+    """
+    if not clicked.shape[1] or not known.any():
+        return np.full(winner_vectors.shape[:2], -1, np.int32)
+    near = np.matmul(winner_vectors, clicked_vectors.transpose(0, 2, 1))
+    near = np.where(known[:, None, :], near, np.float32(-np.inf))
+    best = near.argmax(axis=2)
+    value = np.take_along_axis(near, best[:, :, None], axis=2)[:, :, 0]
+    rows = np.take_along_axis(clicked, best, axis=1)
+    return np.where(value >= least, rows, -1).astype(np.int32)
+
+
+def assemble(winners: Winners, catalogue: Catalogue) -> list[list[RecommendedItem]]:
+    """Return the items of each slate, positions from 1, propensity None (every slot is deterministic)."""
+    item_id = catalogue.index.item_id
+    counts = winners.counts.tolist()
+    asked = winners.asked.tolist()
+    columns = zip(
+        winners.rows.tolist(),
+        winners.sources.tolist(),
+        winners.scores.tolist(),
+        winners.ctr.tolist(),
+        winners.trending.tolist(),
+        winners.nearest.tolist(),
+        strict=True,
+    )
+    by_clicked: dict[int, Reason] = {}
+    slates: list[list[RecommendedItem]] = []
+    for b, (rows, sources, scores, ctrs, trending, nearest) in enumerate(columns):
+        slate = []
+        for i in range(counts[b]):
+            source, near = sources[i], nearest[i]
+            if near >= 0 and source in _CLICK_SOURCES:
+                reason = by_clicked.get(near)
+                if reason is None:
+                    reason = by_clicked[near] = because_clicked(catalogue, near)
+            else:
+                reason = plain_reason(source, trending[i], asked[b])
+            slate.append(RecommendedItem(item_id(rows[i]), i + 1, scores[i], ctrs[i], SOURCES[source], None, reason))
+        slates.append(slate)
+    return slates
+
+
+_CLICK_SOURCES = frozenset((SHORT_TERM, LONG_TERM, GIVEN))
+
+
+def because_clicked(catalogue: Catalogue, row: int) -> Reason:
+    """Return the reason that names a clicked item, with its title where that is known."""
+    item = catalogue.item(row)
+    title = item.title.strip() if item is not None else ""
+    if len(title) > TITLE_CHARACTERS:
+        title = title[: TITLE_CHARACTERS - 1].rstrip() + "…"
+    text = f"Because you clicked “{title}”" if title else "Because of an item that you clicked"
+    return Reason(kind=BECAUSE_CLICKED, text=text, item_ids=[catalogue.index.item_id(row)])
+
+
+def plain_reason(source: int, is_trending: bool, asked: int) -> Reason:
+    """Return the reason of an item that no clicked item explains. The same object for the same answer."""
+    speaks = asked if source == GIVEN else source
+    if speaks == QUERY:
+        return _QUERY
+    if speaks == PROFILE:
+        return _PROFILE
+    if speaks in (SHORT_TERM, LONG_TERM):
+        return _RECENT
+    if is_trending:
+        return _TRENDING
+    return _NEWEST if source == POPULAR else _CHOSEN
