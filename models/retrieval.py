@@ -7,14 +7,26 @@ the dead and the newer ones are too many. Legend of shapes: D = dimensions, n = 
 
 from __future__ import annotations
 
-from typing import Literal
+import os
+import threading
+from typing import Any, Final, Literal
 
+import faiss
 import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field
 
+from models.errors import SettingsError
+
 Rows = npt.NDArray[np.int32]
 Floats = npt.NDArray[np.float32]
+
+_DOUBLINGS: Final = 4
+"""How often a search that met tombstones only asks the graph for twice as many."""
+_GPU_MOST: Final = 2_048
+"""Neighbours that faiss on a GPU gives at most."""
+_BUILD_CHUNK: Final = 1_024
+_BUILD_NICENESS: Final = 10
 
 
 class RetrievalConfig(BaseModel):
@@ -40,30 +52,158 @@ class RetrievalConfig(BaseModel):
     threads: int = Field(1, ge=1, le=64, description="Threads of one search and of one build.")
 
 
+class _Dense:
+    """Vectors side by side without holes, searched exactly. A removal moves the last one into the hole."""
+
+    def __init__(self, dim: int) -> None:
+        self.count = 0
+        self._vectors: Floats = np.zeros((256, dim), np.float32)
+        self._rows: Rows = np.zeros(256, np.int32)
+        self._place: dict[int, int] = {}
+
+    @property
+    def rows(self) -> Rows:
+        return self._rows[: self.count]
+
+    @property
+    def vectors(self) -> Floats:
+        return self._vectors[: self.count]
+
+    def put(self, rows: Rows, vectors: Floats) -> None:
+        """Add or replace; rows are distinct."""
+        needed = self.count + len(rows)
+        if needed > len(self._rows):
+            capacity = max(needed, 2 * len(self._rows))
+            self._vectors = np.concatenate([self.vectors, np.zeros((capacity - self.count, vectors.shape[1]), "f4")])
+            self._rows = np.concatenate([self.rows, np.zeros(capacity - self.count, np.int32)])
+        places = np.empty(len(rows), np.int64)
+        for i, row in enumerate(rows.tolist()):
+            place = self._place.setdefault(row, self.count)
+            places[i] = place
+            self.count += place == self.count
+        self._rows[places] = rows
+        self._vectors[places] = vectors
+
+    def remove(self, rows: Rows) -> None:
+        """Remove rows; those that are not here are ignored."""
+        for row in rows.tolist():
+            place = self._place.pop(row, None)
+            if place is None:
+                continue
+            self.count -= 1
+            if place != self.count:
+                self._rows[place] = moved = self._rows[self.count]
+                self._vectors[place] = self._vectors[self.count]
+                self._place[int(moved)] = place
+
+    def search(self, queries: Floats, k: int) -> tuple[Rows, Floats]:
+        return exact_search(queries, self.rows, self.vectors, k)
+
+
+class _Snapshot:
+    """A faiss index over a fixed set of items, some of which have died since. Over-fetches past the dead ones."""
+
+    def __init__(self, index: Any, rows: Rows, most: int) -> None:
+        self.index = index
+        self.rows = rows
+        self.alive = np.ones(len(rows), np.bool_)
+        self.dead = 0
+        self._most = min(most, len(rows))
+        self._place = np.full(int(rows.max(initial=-1)) + 1, -1, np.int64)
+        self._place[rows] = np.arange(len(rows))
+
+    @property
+    def live(self) -> int:
+        return len(self.rows) - self.dead
+
+    def kill(self, rows: Rows) -> None:
+        """Mark rows dead; those that are not here are ignored."""
+        inside = rows[(rows >= 0) & (rows < len(self._place))]
+        places = self._place[inside]
+        self.alive[places[places >= 0]] = False
+        self.dead = len(self.rows) - int(self.alive.sum())
+
+    def alive_items(self) -> tuple[Rows, Floats]:
+        """Return copies of what is alive: rows [n], vectors [n, D]."""
+        vectors = np.asarray(self.index.reconstruct_n(0, len(self.rows)), np.float32)
+        return self.rows[self.alive], vectors[self.alive]
+
+    def search(self, queries: Floats, k: int) -> tuple[Rows, Floats]:
+        rows = np.full((len(queries), k), -1, np.int32)
+        scores = np.full((len(queries), k), -np.inf, np.float32)
+        # Tombstones are spread like the items, as a rule; where they lie together, the loop asks for more.
+        fetch = min(self._most, k if not self.dead else k + 8 + 2 * k * self.dead // len(self.rows))
+        open_queries = np.arange(len(queries))
+        for _ in range(_DOUBLINGS + 1):
+            found_scores, places = self.index.search(queries[open_queries], fetch)
+            good = (places >= 0) & self.alive[places]
+            order = np.argsort((~good).view(np.uint8), axis=1, kind="stable")[:, :k]
+            chosen = np.take_along_axis(good, order, 1)
+            width = order.shape[1]
+            rows[open_queries, :width] = np.where(chosen, self.rows[np.take_along_axis(places, order, 1)], -1)
+            scores[open_queries, :width] = np.where(chosen, np.take_along_axis(found_scores, order, 1), -np.inf)
+            open_queries = open_queries[good.sum(1) < min(k, self.live)]
+            if not len(open_queries) or fetch >= self._most:
+                break
+            fetch = min(self._most, 2 * fetch)
+        return rows, scores
+
+
 class VectorIndex:
     """Rows of the catalogue by inner product with a query.
 
-    All calls come from one thread (the worker's executor). A build runs in a thread of its own on a copy; its result
-    is taken over inside the next call, by one assignment.
+    All calls come from one thread (the worker's executor). Only a build runs in a thread of its own, on a copy; its
+    result is taken over inside a later call, by one assignment, and what changed meanwhile is replayed on it.
     """
 
     def __init__(self, dim: int, config: RetrievalConfig | None = None) -> None:
         self.dim = dim
         self.config = config or RetrievalConfig()
-        self._vectors = np.zeros((0, dim), np.float32)
-        self._rows = np.zeros(0, np.int32)
+        self.builds = 0
+        """Graphs built and taken over so far."""
+        self.build_error: Exception | None = None
+        """Why the last build failed, if it did; search goes on without it, slower."""
+        if self.config.device == "cuda" and not _gpu_ready():
+            raise SettingsError(
+                "retrieval.device is cuda, but this faiss finds no GPU: install the extra 'gpu' instead of 'cpu', "
+                "or set retrieval.device = cpu"
+            )
+        self._dense = _Dense(dim)
+        self._snapshot: _Snapshot | None = None
+        self._builder: threading.Thread | None = None
+        self._built: _Snapshot | None = None
+        self._changed: set[int] = set()
+        self._stop = threading.Event()
+        self._retry_at = 0
 
     def __len__(self) -> int:
         """Items that a search can find."""
-        return int(self._rows.shape[0])
+        return self._dense.count + (self._snapshot.live if self._snapshot else 0)
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether every item is searched exactly now."""
+        return self._snapshot is None
+
+    @property
+    def is_building(self) -> bool:
+        """Whether a build is under way or waits to be taken over."""
+        return self._builder is not None
 
     def add(self, rows: Rows, vectors: Floats) -> None:
         """Add or change items: rows int32 [n] with vectors float32 [n, D]. The last of a repeated row wins."""
-        self.remove(rows)
-        last = {int(r): i for i, r in enumerate(rows)}
-        keep = list(last.values())
-        self._rows = np.concatenate([self._rows, np.asarray(rows, np.int32)[keep]])
-        self._vectors = np.concatenate([self._vectors, np.asarray(vectors, np.float32)[keep]])
+        rows = np.asarray(rows, np.int32)
+        vectors = np.asarray(vectors, np.float32)
+        if vectors.shape != (len(rows), self.dim):
+            raise ValueError(f"vectors of shape {vectors.shape} for {len(rows)} rows of {self.dim} dimensions")
+        last = {row: i for i, row in enumerate(rows.tolist())}
+        if len(last) < len(rows):
+            keep = list(last.values())
+            rows, vectors = rows[keep], vectors[keep]
+        if self._snapshot is not None:
+            self._snapshot.kill(rows)
+        self._dense.put(rows, vectors)
+        self._note(rows)
 
     def update(self, rows: Rows, vectors: Floats) -> None:
         """The same as ``add``: a row that is there is changed, another one added."""
@@ -71,21 +211,148 @@ class VectorIndex:
 
     def remove(self, rows: Rows) -> None:
         """Take items out; rows that are not there are ignored."""
-        keep = ~np.isin(self._rows, rows)
-        self._rows, self._vectors = self._rows[keep], self._vectors[keep]
+        rows = np.asarray(rows, np.int32)
+        if self._snapshot is not None:
+            self._snapshot.kill(rows)
+        self._dense.remove(rows)
+        self._note(rows)
 
     def search(self, queries: Floats, k: int) -> tuple[Rows, Floats]:
         """Return the ``k`` best rows of each query, best first: rows int32 [n, k], scores float32 [n, k].
 
-        Padded with row -1 and score -inf where fewer are there.
+        queries: float32 [n, D]. Padded with row -1 and score -inf where fewer are found.
         """
-        n = queries.shape[0]
-        rows = np.full((n, k), -1, np.int32)
-        scores = np.full((n, k), -np.inf, np.float32)
-        take = min(k, len(self))
-        if take:
-            all_scores = queries.astype(np.float32) @ self._vectors.T
-            best = np.argsort(-all_scores, axis=1, kind="stable")[:, :take]
-            rows[:, :take] = self._rows[best]
-            scores[:, :take] = np.take_along_axis(all_scores, best, 1)
+        self._maintain()
+        queries = np.ascontiguousarray(queries, np.float32)
+        faiss.omp_set_num_threads(self.config.threads)
+        if self._snapshot is None:
+            return self._dense.search(queries, k)
+        rows, scores = self._snapshot.search(queries, k)
+        if self._dense.count:
+            newer_rows, newer_scores = self._dense.search(queries, k)
+            rows = np.concatenate([rows, newer_rows], axis=1)
+            scores = np.concatenate([scores, newer_scores], axis=1)
+            best = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+            rows, scores = np.take_along_axis(rows, best, 1), np.take_along_axis(scores, best, 1)
         return rows, scores
+
+    def recall(self, queries: Floats, k: int = 100) -> float:
+        """Return which part of the exact ``k`` best of each query [n, D] a search finds, from 0 to 1."""
+        rows, vectors = self._all_items()
+        true_rows, _ = exact_search(np.ascontiguousarray(queries, np.float32), rows, vectors, k)
+        found_rows, _ = self.search(queries, k)
+        hits = sum(len(np.intersect1d(t[t >= 0], f)) for t, f in zip(true_rows, found_rows, strict=True))
+        return hits / max(1, int((true_rows >= 0).sum()))
+
+    def settle(self) -> None:
+        """Wait for a build under way and take it over: for start-up, tests and benchmarks."""
+        while self._builder is not None:
+            self._builder.join()
+            self._maintain()
+
+    def close(self) -> None:
+        """End a build under way; the index still searches."""
+        self._stop.set()
+        if self._builder is not None:
+            self._builder.join()
+            self._builder = None
+            self._built = None
+
+    def _note(self, rows: Rows) -> None:
+        if self._builder is not None:
+            self._changed.update(rows.tolist())
+        self._maintain()
+
+    def _maintain(self) -> None:
+        if self._builder is not None:
+            if self._builder.is_alive():
+                return
+            self._builder = None
+            if self._built is not None:
+                self._take_over(self._built)
+        live = len(self)
+        pending = self._dense.count + (self._snapshot.dead if self._snapshot else 0)
+        if self._snapshot is not None and live < self.config.exact_below // 2:
+            self._dense.put(*self._snapshot.alive_items())
+            self._snapshot = None
+        elif (
+            live >= max(1, self.config.exact_below)
+            and not self._stop.is_set()
+            and pending >= max(self.config.rebuild_minimum, self.config.rebuild_fraction * live, self._retry_at)
+        ):
+            self._start_build(pending)
+
+    def _all_items(self) -> tuple[Rows, Floats]:
+        rows, vectors = self._dense.rows.copy(), self._dense.vectors.copy()
+        if self._snapshot is None:
+            return rows, vectors
+        old_rows, old_vectors = self._snapshot.alive_items()
+        return np.concatenate([old_rows, rows]), np.concatenate([old_vectors, vectors])
+
+    def _start_build(self, pending: int) -> None:
+        rows, vectors = self._all_items()
+        self._changed = set()
+        self._retry_at = pending + self.config.rebuild_minimum  # in force only if this build fails
+
+        def build() -> None:
+            try:
+                self._built = _build(rows, vectors, self.config, self._stop)
+            except (RuntimeError, MemoryError) as error:
+                self.build_error = error
+
+        self._builder = threading.Thread(target=build, name="index-build", daemon=True)
+        self._builder.start()
+
+    def _take_over(self, built: _Snapshot) -> None:
+        self._built = None
+        changed = np.fromiter(self._changed, np.int32, len(self._changed))
+        built.kill(changed)
+        keep = np.isin(self._dense.rows, changed)
+        newer = _Dense(self.dim)
+        newer.put(self._dense.rows[keep], self._dense.vectors[keep])
+        self._dense, self._snapshot = newer, built
+        self._changed = set()
+        self._retry_at = 0
+        self.build_error = None
+        self.builds += 1
+
+
+def exact_search(queries: Floats, rows: Rows, vectors: Floats, k: int) -> tuple[Rows, Floats]:
+    """Return the ``k`` best of ``rows`` [m] by inner product, as ``VectorIndex.search`` does.
+
+    queries: float32 [n, D], contiguous; vectors: float32 [m, D].
+    """
+    found = np.full((len(queries), k), -1, np.int32)
+    scores = np.full((len(queries), k), -np.inf, np.float32)
+    take = min(k, len(rows))
+    if take and len(queries):
+        best, places = faiss.knn(queries, vectors, take, metric=faiss.METRIC_INNER_PRODUCT)
+        found[:, :take] = np.where(places >= 0, rows[places], -1)
+        scores[:, :take] = np.where(places >= 0, best, -np.inf)
+    return found, scores
+
+
+def _build(rows: Rows, vectors: Floats, config: RetrievalConfig, stop: threading.Event) -> _Snapshot | None:
+    if hasattr(os, "setpriority") and threading.current_thread() is not threading.main_thread():
+        # On Linux a thread has a priority of its own: a build must not stand before a slate.
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _BUILD_NICENESS)
+    faiss.omp_set_num_threads(config.threads)
+    dim = vectors.shape[1]
+    most = len(rows)
+    index: Any
+    if config.device == "cuda":
+        index = faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), 0, faiss.IndexFlatIP(dim))
+        most = _GPU_MOST
+    else:
+        index = faiss.IndexHNSWFlat(dim, config.hnsw_neighbours, faiss.METRIC_INNER_PRODUCT)
+        index.hnsw.efConstruction = config.hnsw_build_width
+        index.hnsw.efSearch = config.hnsw_search_width
+    for start in range(0, len(rows), _BUILD_CHUNK):
+        if stop.is_set():
+            return None
+        index.add(np.ascontiguousarray(vectors[start : start + _BUILD_CHUNK]))
+    return _Snapshot(index, rows, most)
+
+
+def _gpu_ready() -> bool:
+    return hasattr(faiss, "StandardGpuResources") and faiss.get_num_gpus() > 0
