@@ -1,0 +1,368 @@
+"""Decayed counts of one ``events`` partition: a function of its log alone.
+
+Why a function of the log
+-------------------------
+After a crash the counts are read back from ``item-stats`` and the rest is taken from ``events`` again. That gives the
+same counts only if whether an event counts depends on the partition's log and on nothing else: not on what became of
+the event in its user's row, not on how the log was cut into batches, not on whether it is read live or again. So every
+accepted event is offered here, in the order of offsets, one that failed later too, and the three decisions are made
+from the log:
+
+1. **Window.** The watermark is the greatest event time so far in the partition. Windows are tumbling on it; one also
+   ends after ``user_window_max_touches`` counts were offered, which bounds all that follows.
+2. **Repeated event.** An event whose (user_id, event_id) was seen before in this window or the one before adds
+   nothing. (The user's row has a ring of its own; asking it would make the counts depend on the row.)
+3. **Cap.** At most ``user_cap`` counted events per user, item, kind and window, held in a count-min sketch with
+   conservative update: two rows of 2^20 bytes, 2 MiB a partition. A sketch never lets more through than the cap; it may
+   count a user's event as capped that is not: `benchmarks/counters.py` prints how often.
+
+The state behind these decisions at an offset C follows from the log since the first offset of the window before the
+one in force at C, together with the watermark there: what was seen before that cannot reach C. A checkpoint keeps
+those two numbers (`resume_offset` and `watermark_ms` of `Checkpoint`), and reading on from there rebuilds it exactly.
+
+Each item has its own guard: the offset of the last event that its counts contain. An event not above it adds nothing,
+but takes part in 1 to 3. Any published state of an item is therefore right to go on from, however old.
+
+Forward decay
+-------------
+Counts are kept as they would stand at a landmark time L, w · 2^((t − L) / h) (Cormode, Shkapenyuk, Srivastava, Xu:
+Forward Decay, ICDE 2009), so that adds commute, a late event adds its already decayed weight, and partitions are summed
+by plain addition.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from models.counter_events import HALF_LIVES, KINDS, WEIGHT_UNIT, CountersConfig, TouchBatch
+
+Float64 = npt.NDArray[np.float64]
+Int64 = npt.NDArray[np.int64]
+Int32 = npt.NDArray[np.int32]
+UInt64 = npt.NDArray[np.uint64]
+
+Scalar = TypeVar("Scalar", bound=np.generic)
+
+CELLS: Final = 1 << 20
+WIDTH: Final = HALF_LIVES * KINDS
+MAX_EXPONENT: Final = 1_000.0
+"""Greatest power of two that a weight may have: beyond 2^1023 a float overflows."""
+_KIND_OFFSETS: Final = np.arange(HALF_LIVES, dtype=np.int64) * KINDS
+
+
+class Landmark:
+    """The time at which all counts of a process are kept."""
+
+    def __init__(self, config: CountersConfig) -> None:
+        self.half_lives_ms: Float64 = np.array(config.half_lives_seconds, np.float64) * 1000.0
+        self.time_ms: int | None = None
+
+    def factors(self, times_ms: Int64) -> Float64:
+        """Return what a weight of 1 at each time is at the landmark, [n, 4] float64."""
+        exponents = (times_ms - (self.time_ms or 0))[:, None] / self.half_lives_ms
+        return np.exp2(np.minimum(exponents, MAX_EXPONENT))
+
+    def move(self, time_ms: int) -> Float64:
+        """Move the landmark and return what kept values have to be multiplied by, [4] float64."""
+        factors = np.exp2(((self.time_ms or 0) - time_ms) / self.half_lives_ms)
+        self.time_ms = time_ms
+        return factors
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """Up to where a partition's counts are published, and from where its decisions can be rebuilt."""
+
+    offset: int = 0
+    """Every event below this offset is contained in the published counts."""
+    resume_offset: int = 0
+    """Read ``events`` again from here: the first offset of the window before the one in force at ``offset``."""
+    watermark_ms: int | None = None
+    """Watermark once the event at ``resume_offset`` was seen; None where no window was open yet."""
+
+
+@dataclass(frozen=True, slots=True)
+class Added:
+    """What one batch changed: touches that were counted, and those that the cap or a repetition kept out."""
+
+    rows: Int32
+    kinds: Int64
+    scaled: Float64
+    """[n, 4]: weights at the landmark."""
+    milli: Int64
+    """[n]: weights as they enter the exact totals."""
+    times_ms: Int64
+    refused: int
+
+
+@dataclass(frozen=True, slots=True)
+class Absolute:
+    """State of some items of one partition, arrays side by side: what is published and mirrored."""
+
+    rows: Int32
+    values: Float64
+    """[n, 4, 3], decayed to ``ref_ms`` of each item."""
+    totals: Int64
+    """[n, 3]: impressions, clicks, thousandths of weighted actions."""
+    last_offsets: Int64
+    ref_ms: Int64
+    """Greatest event time contained, epoch milliseconds."""
+
+
+def mix(values: UInt64) -> UInt64:
+    """Return the splitmix64 finaliser of each value: stored decisions depend on it, so it never changes."""
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
+
+
+class PartitionCounters:
+    """Counts of one partition; compact slots, one for each item that the partition's users touched."""
+
+    def __init__(self, config: CountersConfig, landmark: Landmark) -> None:
+        self._config = config
+        self._landmark = landmark
+        self._window_ms = max(1, int(config.user_window_seconds * 1000))
+        self.used = 0
+        self.rows: Int32 = np.zeros(0, np.int32)
+        self.values: Float64 = np.zeros((0, WIDTH))
+        self.totals: Int64 = np.zeros((0, KINDS), np.int64)
+        self.last_offsets: Int64 = np.zeros(0, np.int64)
+        self.ref_ms: Int64 = np.zeros(0, np.int64)
+        self._dirty = np.zeros(0, np.bool_)
+        self._dirty_since: Int64 = np.zeros(0, np.int64)
+        self._slot_of_row: Int32 = np.zeros(0, np.int32)
+        self.owned = False
+        self.start(Checkpoint())
+
+    def start(self, checkpoint: Checkpoint) -> None:
+        """Begin to decide from ``checkpoint`` on; counts stay, what was to be published is forgotten.
+
+        The next batch has to begin at ``checkpoint.resume_offset``, or at any offset below it.
+        """
+        self.next_offset = checkpoint.resume_offset
+        self._contained_up_to = checkpoint.offset
+        self._seen: set[int] = set()
+        self._seen_before: set[int] = set()
+        self._cells: tuple[bytearray, bytearray] | None = None
+        self._touches = 0
+        self._watermark_ms = -1
+        self._windows: list[tuple[int, int]] = []
+        if checkpoint.watermark_ms is not None:
+            self._watermark_ms = checkpoint.watermark_ms
+            self._windows.append((checkpoint.resume_offset, checkpoint.watermark_ms))
+        self._dirty[:] = False
+
+    def checkpoint(self) -> Checkpoint:
+        """Return up to where everything is published, if what is not dirty was published.
+
+        Windows that no later checkpoint can need are forgotten.
+        """
+        dirty = self._dirty[: self.used]
+        if dirty.any():
+            offset = int(self._dirty_since[: self.used][dirty].min())
+        else:
+            offset = max(self.next_offset, self._contained_up_to)
+        if not self._windows:
+            return Checkpoint(offset, offset if not dirty.any() else min(offset, self.next_offset), None)
+        in_force = 0
+        while in_force + 1 < len(self._windows) and self._windows[in_force + 1][0] < offset:
+            in_force += 1
+        del self._windows[: max(in_force - 1, 0)]
+        first_offset, watermark_ms = self._windows[0]
+        self._contained_up_to = max(self._contained_up_to, offset)
+        return Checkpoint(offset, first_offset, watermark_ms)
+
+    def add(self, batch: TouchBatch, rows: Int32, item_hashes: UInt64) -> Added:
+        """Count a batch; ``rows`` and ``item_hashes`` are those of ``batch.item_ids``, a row below 0 is left out.
+
+        Events below ``next_offset`` change nothing at all.
+        """
+        kinds = np.array(batch.kinds, np.int64)
+        kept = self._admit(batch, rows, kinds, item_hashes)
+        lengths = _lengths(batch.ends)
+        event_of = np.repeat(np.arange(len(batch)), lengths)[kept]
+        offsets = np.array(batch.offsets, np.int64)[event_of]
+        above = offsets >= self._contained_up_to
+        kept, event_of, offsets = kept[above], event_of[above], offsets[above]
+        slots = self._slots(rows[kept])
+        self._mark_dirty(slots, offsets)
+        fresh = offsets > self.last_offsets[slots]
+        kept, event_of, offsets, slots = kept[fresh], event_of[fresh], offsets[fresh], slots[fresh]
+        times = np.array(batch.times_ms, np.int64)[event_of]
+        weights = np.array(batch.weights, np.float64)[kept]
+        milli = np.rint(weights * WEIGHT_UNIT).astype(np.int64)
+        kinds = kinds[kept]
+        milli[kinds != KINDS - 1] //= WEIGHT_UNIT
+        scaled = self._landmark.factors(times) * weights[:, None]
+        add_scaled(self.values, slots, kinds, scaled)
+        np.add.at(self.totals.reshape(-1), slots.astype(np.int64) * KINDS + kinds, milli)
+        # Offsets rise within a batch, and of repeated slots NumPy keeps the last.
+        self.last_offsets[slots] = offsets
+        np.maximum.at(self.ref_ms, slots, times)
+        return Added(rows[kept], kinds, scaled, milli, times, len(batch.item_ids) - len(kept))
+
+    def _admit(self, batch: TouchBatch, rows: Int32, kinds: Int64, item_hashes: UInt64) -> Int64:
+        """Return the touches that neither the cap nor a repetition keeps out, as indices; moves the windows on."""
+        ends = batch.ends
+        users = mix(np.array(batch.user_hashes, np.uint64))
+        event_keys = (users ^ np.array(batch.event_hashes, np.uint64)).tolist()
+        lengths = _lengths(ends)
+        with np.errstate(over="ignore"):
+            salt = (kinds.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+            keys = mix((np.repeat(users, lengths) ^ item_hashes) + salt)
+        cells_a = (keys & np.uint64(CELLS - 1)).tolist()
+        cells_b = ((keys >> np.uint64(32)) & np.uint64(CELLS - 1)).tolist()
+        known = (rows >= 0).tolist()
+        cap = self._config.user_cap
+        kept: list[int] = []
+        end = 0
+        for position, offset in enumerate(batch.offsets):
+            start, end = end, ends[position]
+            if offset < self.next_offset:
+                continue
+            self.next_offset = offset + 1
+            if start == end:
+                continue
+            row_a, row_b = self._window(offset, batch.times_ms[position], end - start)
+            key = event_keys[position]
+            repeated = key in self._seen or key in self._seen_before
+            self._seen.add(key)
+            if repeated:
+                continue
+            for i in range(start, end):
+                if not known[i]:
+                    continue
+                cell_a, cell_b = cells_a[i], cells_b[i]
+                count_a, count_b = row_a[cell_a], row_b[cell_b]
+                least = count_a if count_a < count_b else count_b
+                if least >= cap:
+                    continue
+                if count_a == least:
+                    row_a[cell_a] = least + 1
+                if count_b == least:
+                    row_b[cell_b] = least + 1
+                kept.append(i)
+        return np.array(kept, np.int64)
+
+    def _window(self, offset: int, time_ms: int, touches: int) -> tuple[bytearray, bytearray]:
+        """Move the watermark, open a window where one ended, and return the cap's cells."""
+        before = self._watermark_ms
+        if time_ms > before:
+            self._watermark_ms = time_ms
+        if (
+            not self._windows
+            or self._watermark_ms // self._window_ms != before // self._window_ms
+            or self._touches + touches > self._config.user_window_max_touches
+        ):
+            self._windows.append((offset, self._watermark_ms))
+            self._seen_before, self._seen = self._seen, set()
+            self._cells = None
+            self._touches = 0
+        self._touches += touches
+        if self._cells is None:
+            self._cells = (bytearray(CELLS), bytearray(CELLS))
+        return self._cells
+
+    def replace(self, state: Absolute) -> tuple[npt.NDArray[np.bool_], Float64, Int64]:
+        """Take over mirrored state where it contains no less than what is held; rows must not repeat.
+
+        Returns (taken [n] bool, change of the scaled values [taken, 12], change of the totals [taken, 3]).
+        """
+        slots = self._slots(state.rows)
+        newer = state.last_offsets >= self.last_offsets[slots]
+        slots = slots[newer]
+        scaled = (
+            state.values[newer].reshape(-1, HALF_LIVES, KINDS) * self._landmark.factors(state.ref_ms[newer])[:, :, None]
+        )
+        flat = scaled.reshape(-1, WIDTH)
+        change = flat - self.values[slots]
+        totals_change = state.totals[newer] - self.totals[slots]
+        self.values[slots] = flat
+        self.totals[slots] = state.totals[newer]
+        self.last_offsets[slots] = state.last_offsets[newer]
+        self.ref_ms[slots] = state.ref_ms[newer]
+        return newer, change, totals_change
+
+    def absolute(self, slots: Int64) -> Absolute:
+        """Return the state of the items in ``slots``."""
+        values = (
+            self.values[slots].reshape(-1, HALF_LIVES, KINDS) / self._landmark.factors(self.ref_ms[slots])[:, :, None]
+        )
+        return Absolute(self.rows[slots], values, self.totals[slots], self.last_offsets[slots], self.ref_ms[slots])
+
+    def dirty(self) -> tuple[Int64, Int64, Float64]:
+        """Return the slots to publish, the offset since which each waits, and its heat: [n], [n], [n]."""
+        slots = np.flatnonzero(self._dirty[: self.used])
+        # The shortest half-life tells what moves now; an action is worth several impressions to a reader.
+        heat = self.values[slots, 0] + 10.0 * (self.values[slots, 1] + self.values[slots, 2])
+        return slots, self._dirty_since[slots], heat
+
+    def clean(self, slots: Int64) -> None:
+        """Note that the present state of ``slots`` is on its way to the topic."""
+        self._dirty[slots] = False
+
+    def touch_again(self, rows: Int32, contained: Int64) -> None:
+        """Have items published again: another process wrote a state of them that contains only up to ``contained``."""
+        slots = self._slots(rows)
+        behind = contained < self.last_offsets[slots]
+        self._mark_dirty(slots[behind], np.maximum(contained[behind] + 1, self._contained_up_to))
+
+    def _mark_dirty(self, slots: Int64, offsets: Int64) -> None:
+        new = ~self._dirty[slots]
+        # Reversed, so that of a repeated slot the first offset stays.
+        self._dirty_since[slots[new][::-1]] = offsets[new][::-1]
+        self._dirty[slots] = True
+
+    def _slots(self, rows: Int32) -> Int64:
+        """Return the slots of item rows (all 0 or more), giving new ones."""
+        if not len(rows):
+            return np.zeros(0, np.int64)
+        top = int(rows.max()) + 1
+        if top > len(self._slot_of_row):
+            self._slot_of_row = grown(self._slot_of_row, top, -1)
+        slots = self._slot_of_row[rows]
+        missing = rows[slots < 0]
+        if len(missing):
+            new_rows = np.unique(missing)
+            used = self.used + len(new_rows)
+            if used > len(self.rows):
+                self._grow(used)
+            self.rows[self.used : used] = new_rows
+            self._slot_of_row[new_rows] = np.arange(self.used, used, dtype=np.int32)
+            self.used = used
+            slots = self._slot_of_row[rows]
+        return slots.astype(np.int64)
+
+    def _grow(self, used: int) -> None:
+        self.rows = grown(self.rows, used, -1)
+        self.values = grown(self.values, used, 0)
+        self.totals = grown(self.totals, used, 0)
+        self.last_offsets = grown(self.last_offsets, used, -1)
+        self.ref_ms = grown(self.ref_ms, used, 0)
+        self._dirty = grown(self._dirty, used, False)
+        self._dirty_since = grown(self._dirty_since, used, 0)
+
+
+def _lengths(ends: list[int]) -> Int64:
+    lengths = np.array(ends, np.int64)
+    lengths[1:] -= lengths[:-1].copy()
+    return lengths
+
+
+def add_scaled(values: Float64, at: npt.NDArray[np.integer], kinds: Int64, scaled: Float64) -> None:
+    """Add ``scaled`` [n, 4] to ``values`` [m, 12] in rows ``at`` and columns of ``kinds``, repetitions included."""
+    flat = (at.astype(np.int64) * WIDTH + kinds)[:, None] + _KIND_OFFSETS
+    np.add.at(values.reshape(-1), flat.reshape(-1), scaled.reshape(-1))
+
+
+def grown(array: npt.NDArray[Scalar], at_least: int, fill: float) -> npt.NDArray[Scalar]:
+    """Return a copy of ``array`` with room for ``at_least`` rows, at least doubled, the new ones ``fill``."""
+    size = max(at_least, 2 * len(array), 1_024)
+    bigger = np.full((size, *array.shape[1:]), fill, array.dtype)
+    bigger[: len(array)] = array
+    return bigger
