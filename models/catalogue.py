@@ -208,6 +208,10 @@ class Catalogue:
         alive = self.in_catalogue & ~self.hidden & (self.expires_at_ms > now_ms)
         return np.flatnonzero(alive).astype(np.int32)
 
+    def knows(self, item_id: str) -> bool:
+        """Return whether a record has named this item, also if it was removed since."""
+        return self.index.row(item_id) in self._items
+
     def item(self, row: int) -> Item | None:
         """Return the item's record without ``text`` and ``embedding``, or None where no record named it.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -27,6 +28,8 @@ class ItemIndex:
         self._row_by_id: dict[str, int] = {}
         self._row_by_hash: dict[int, int] = {}
         self._row_by_short: dict[int, int] = {}
+        # Ids come from the items mirror and from actions on items not known yet: two threads, one numbering.
+        self._adding = threading.Lock()
 
     def __len__(self) -> int:
         return len(self._ids)
@@ -36,14 +39,18 @@ class ItemIndex:
         row = self._row_by_id.get(item_id)
         if row is not None:
             return row
-        row = len(self._ids)
-        self._ids.append(item_id)
-        self._row_by_id[item_id] = row
         full = hash64(item_id)
-        self._row_by_hash[full] = row
         short = short_hash(full)
-        self._row_by_short[short] = AMBIGUOUS if short in self._row_by_short else row
-        return row
+        with self._adding:
+            row = self._row_by_id.get(item_id)
+            if row is not None:
+                return row
+            row = len(self._ids)
+            self._ids.append(item_id)
+            self._row_by_hash[full] = row
+            self._row_by_short[short] = AMBIGUOUS if short in self._row_by_short else row
+            self._row_by_id[item_id] = row
+            return row
 
     def row(self, item_id: str) -> int:
         """Return the row of ``item_id``, or UNKNOWN. Never grows the index."""
