@@ -1,9 +1,486 @@
+"""The batched update of user rows, and what is read from them.
+
+``apply`` runs in rounds: the n-th event of each user, users side by side. A row is a function of its log alone:
+time comes from the events, never from a clock. Values are rounded to fp16 at one point, after each event of a
+user whose vectors moved (``RowVectors.store``); decay alone moves only the float32 norms and rounds nothing.
+Axes as in models/user_steps.py, and S = SHOWN, K = PENDING_ITEMS, N = events. docs/user-row.md tells the rules.
+"""
+
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from models.errors import RowError
+from models.events import ACTIONS
+from models.user_batch import Columns, Context, Ints, RowVectors, half_lives, read_vectors, rounds
+from models.user_events import (
+    ACTION,
+    IMPRESSION,
+    NO_SURFACE,
+    REQUEST,
+    Bools,
+    Outcome,
+    UserEvent,
+    UserStateConfig,
+    VectorSource,
+    action_code,
+    user_event,
+)
+from models.user_row import (
+    ACTION_MASK,
+    CLICKED_ELSEWHERE,
+    DIM,
+    FLAG_MARKER,
+    NEGATIVE,
+    PENDING,
+    PENDING_ITEMS,
+    POSITIVE,
+    RECENT,
+    ROW,
+    ROW_BYTES,
+    SHOWN,
+    STEP_PENDING,
+    VERSION,
+    Rows,
+    decode_rows,
+    empty_rows,
+    encode_rows,
+    forget,
+    guard_of,
+    is_idle,
+    is_marker,
+    markers,
+    recent,
+    shown,
+)
+from models.user_steps import F32, logistic_step, softmax_step, unclicked_step
+
+__all__ = [
+    "ACTION",
+    "IMPRESSION",
+    "REQUEST",
+    "ROW",
+    "ROW_BYTES",
+    "Outcome",
+    "Rows",
+    "UserEvent",
+    "UserReader",
+    "UserStateConfig",
+    "VectorSource",
+    "action_code",
+    "apply",
+    "decode_rows",
+    "empty_rows",
+    "encode_rows",
+    "forget",
+    "guard_of",
+    "is_idle",
+    "is_marker",
+    "markers",
+    "recent",
+    "shown",
+    "user_event",
+    "user_vectors",
+]
+
+_CLICK: Final = ACTIONS.index("click") + 1
+_NO_SLOT: Final = PENDING_ITEMS
+"""Place of the acted-on item where the impression does not hold it: one after the held ones."""
 
 
-class UserStateConfig(BaseModel):
-    """How a user row is updated."""
+def apply(
+    rows: Rows,
+    events: Sequence[UserEvent],
+    vectors: VectorSource,
+    config: UserStateConfig,
+    *,
+    epoch: int,
+    space_id: int,
+    generation: int,
+    surfaces: Sequence[str] = (),
+) -> tuple[Rows, npt.NDArray[np.int8]]:
+    """Return the rows after ``events``, in their order, and what each event did (Outcome), int8 [N].
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    ``rows`` is not changed; ``UserEvent.user`` points into it. ``epoch`` is the hash of the events topic's id,
+    ``space_id`` (not 0) that of the id of the space that ``vectors`` are in, ``generation`` its bundle's.
+    ``surfaces``: names by surface number, as given to ``user_event``; base rates are found by them.
+    Raises RowError where the vectors do not have the row's dimension.
+    """
+    if vectors.dim != DIM:
+        raise RowError(
+            f"item vectors have {vectors.dim} dimensions, a user row {DIM}; rows were kept: project to {DIM}"
+        )
+    out = rows.copy()
+    outcomes = np.zeros(len(events), np.int8)
+    if not events:
+        return out, outcomes
+    context = Context.of(config, vectors, epoch, space_id, generation, surfaces)
+    users = np.fromiter((event.user for event in events), np.intp, len(events))
+    touched, order, bounds = rounds(users)
+    work = out[touched]
+    columns = Columns.of(events, vectors).take(order)
+    for start, end in pairwise(bounds):
+        outcomes[order[start:end]] = _round(work[: end - start], columns.take(slice(start, end)), context)
+    out[touched] = work
+    return out, outcomes
+
+
+def _round(rows: Rows, events: Columns, context: Context) -> npt.NDArray[np.int8]:
+    """Apply one event to each row, in place; return the outcomes."""
+    replayed = (rows["epoch"] == context.epoch) & (rows["offset"] > events.offset)
+    above = ~replayed
+    rows["version"][above] = VERSION
+    rows["epoch"][above] = context.epoch
+    rows["offset"][above] = events.offset[above] + 1
+    rows["flags"][above] &= np.uint8(~FLAG_MARKER & 0xFF)
+    duplicate = above & (rows["event_ids"] == events.event_hash[:, None]).any(axis=1)
+    outcomes = np.full(len(rows), Outcome.APPLIED, np.int8)
+    outcomes[replayed] = Outcome.REPLAYED
+    outcomes[duplicate] = Outcome.DUPLICATE
+    fresh = np.flatnonzero(outcomes == Outcome.APPLIED)
+    if len(fresh) == len(rows):
+        _apply_events(rows, events, context)
+    elif len(fresh):
+        some = rows[fresh]
+        _apply_events(some, events.take(fresh), context)
+        rows[fresh] = some
+    return outcomes
+
+
+def _apply_events(rows: Rows, events: Columns, context: Context) -> None:
+    """Apply one new event to each row, in place."""
+    now_ms = np.maximum(rows["last_time_ms"], events.time_ms)
+    vectors = RowVectors(rows)
+    frozen = _enter_space(rows, now_ms, vectors, context)
+    _take_pending_steps(rows, frozen, vectors, context)
+    _close_impressions(rows, now_ms, frozen, vectors, context)
+    acted = np.flatnonzero(events.kind == ACTION)
+    if len(acted):
+        _act(rows, acted, events if len(acted) == len(rows) else events.take(acted), frozen, vectors, context)
+    impressed = np.flatnonzero(events.kind == IMPRESSION)
+    if len(impressed):
+        _impress(rows, impressed, events if len(impressed) == len(rows) else events.take(impressed))
+    rows["requests"] += events.kind == REQUEST
+    vectors.store()
+    ids = rows["event_ids"]
+    ids[:, 1:] = ids[:, :-1].copy()
+    ids[:, 0] = events.event_hash
+    rows["last_time_ms"] = now_ms
+
+
+def _enter_space(rows: Rows, now_ms: npt.NDArray[np.int64], vectors: RowVectors, context: Context) -> Bools:
+    """Decay the vectors, rebuild those of an older space; return the rows of a newer one, which are left alone."""
+    held = rows["space_id"]
+    foreign = (held != context.space) & (held != 0)
+    frozen: Bools = foreign & (rows["generation"] > context.generation)
+    stale = np.flatnonzero(foreign & ~frozen)
+    free = ~frozen
+    since_ms = np.where(rows["vector_time_ms"] > 0, rows["vector_time_ms"], now_ms)
+    if len(stale):
+        rebuilt_RTD, pending = _rebuilt(rows[stale], now_ms[stale], context)
+        vectors.set(stale, rebuilt_RTD)
+        rows["recent"]["action"][stale] = pending
+        rows["unclicked"][stale] = 0
+    elapsed_seconds = np.where(free, np.maximum(now_ms - since_ms, 0), 0) / 1000.0
+    rows["norms"] *= np.exp2(-elapsed_seconds[:, None] / context.half_lives_T).astype(np.float32)
+    rows["vector_time_ms"] = np.where(free, np.maximum(rows["vector_time_ms"], now_ms), rows["vector_time_ms"])
+    rows["space_id"][free] = context.space
+    rows["generation"][free] = np.maximum(rows["generation"][free], context.generation)
+    return frozen
+
+
+def _rebuilt(rows: Rows, until_ms: npt.NDArray[np.int64], context: Context) -> tuple[F32, npt.NDArray[np.uint8]]:
+    """Return vectors made anew from the recent items, [R, 2, D], and the action bytes with their pending bits.
+
+    Oldest first: decay to the entry's time, then its logistic step at the default base rate.
+    """
+    ring = rows["recent"]
+    items = np.ascontiguousarray(ring["item"])
+    codes = ring["action"] & np.uint8(~STEP_PENDING & 0xFF)
+    times_s = ring["time_s"].astype(np.int64)
+    found, known = context.vectors.by_hash(items.reshape(-1))
+    items_RED = found.reshape(len(rows), RECENT, DIM)
+    known_RE = known.reshape(len(rows), RECENT) & (items != 0)
+    weights_RE = context.strengths[codes]
+    h_RTD = np.zeros((len(rows), 2, DIM), np.float32)
+    at_s = np.zeros(len(rows), np.int64)
+    for entry in range(RECENT - 1, -1, -1):
+        due = np.flatnonzero(known_RE[:, entry] & (weights_RE[:, entry] > 0))
+        if not len(due):
+            continue
+        elapsed = np.where(at_s[due] > 0, np.maximum(times_s[due, entry] - at_s[due], 0), 0)
+        at_s[due] = np.maximum(at_s[due], times_s[due, entry])
+        h_RTD[due] = logistic_step(
+            h_RTD[due] * _decay(elapsed, context),
+            items_RED[due, entry],
+            weights_RE[due, entry],
+            (codes[due, entry] & POSITIVE > 0).astype(np.float32),
+            np.full(len(due), context.biases[NO_SURFACE]),
+            context.rates,
+        )
+    h_RTD *= _decay(np.where(at_s > 0, np.maximum(until_ms / 1000.0 - at_s, 0), 0), context)
+    pending = (items != 0) & ~known_RE & (weights_RE > 0)
+    return h_RTD, codes | np.where(pending, STEP_PENDING, 0).astype(np.uint8)
+
+
+def _decay(elapsed_seconds: npt.NDArray[Any], context: Context) -> F32:
+    factor: F32 = np.exp2(-elapsed_seconds[:, None] / context.half_lives_T).astype(np.float32)[..., None]
+    return factor
+
+
+def _take_pending_steps(rows: Rows, frozen: Bools, vectors: RowVectors, context: Context) -> None:
+    """Take the steps of items that have a vector now, oldest first: logistic, at the default base rate."""
+    waiting = (rows["recent"]["action"] & STEP_PENDING) != 0
+    some = np.flatnonzero(waiting.any(axis=1) & ~frozen)
+    if not len(some):
+        return
+    for entry in range(RECENT - 1, -1, -1):
+        at = some[waiting[some, entry]]
+        if not len(at):
+            continue
+        ring = rows["recent"][:, entry]
+        found, known = context.vectors.by_hash(ring["item"][at])
+        at, found_RD = at[known], found[known]
+        if not len(at):
+            continue
+        codes = ring["action"][at] & np.uint8(~STEP_PENDING & 0xFF)
+        label = (codes & POSITIVE > 0).astype(np.float32)
+        bias = np.full(len(at), context.biases[NO_SURFACE])
+        h_RTD = logistic_step(vectors.get(at), found_RD, context.strengths[codes], label, bias, context.rates)
+        vectors.set(at, h_RTD)
+        ring["action"][at] = codes
+
+
+def _close_impressions(
+    rows: Rows, now_ms: npt.NDArray[np.int64], frozen: Bools, vectors: RowVectors, context: Context
+) -> None:
+    """Remove the impressions whose window is over, in order of closing, with a weak step against the unclicked."""
+    ring = rows["pending"]
+    age_s = (now_ms // 1000)[:, None] - ring["time_s"]
+    over = (ring["n"] > 0) & (age_s > context.config.attribution_window_seconds) & ~frozen[:, None]
+    some = np.flatnonzero(over.any(axis=1))
+    if not len(some):
+        return
+    held = ring[some]
+    over = over[some]
+    # Oldest log order last in the ring: reversed, a stable sort by time breaks ties in favour of the older one.
+    closing = (PENDING - 1) - np.argsort(
+        np.where(over, held["time_s"].astype(np.int64), 2**32)[:, ::-1], axis=1, kind="stable"
+    )
+    for turn in range(int(over.sum(axis=1).max())):
+        slot = closing[:, turn]
+        at = np.flatnonzero(over[np.arange(len(some)), slot])
+        entries = held[at, slot[at]]
+        unclicked = entries["clicked"] == 0
+        _step_against(rows, some[at[unclicked]], entries[unclicked], vectors, context)
+    left = np.argsort(over, axis=1, kind="stable")
+    kept = np.take_along_axis(held, left, axis=1)
+    kept[np.arange(PENDING) >= (~over).sum(axis=1)[:, None]] = np.zeros((), kept.dtype)
+    rows["pending"][some] = kept
+
+
+def _step_against(rows: Rows, at: Ints, entries: Rows, vectors: RowVectors, context: Context) -> None:
+    """Step against one unclicked impression of each row ``at``, unless enough were since the last positive action."""
+    counted = rows["unclicked"][at]
+    rows["unclicked"][at] = np.minimum(counted.astype(np.intp) + 1, 255)
+    h_RTD = vectors.get(at)
+    moves = (counted < context.config.unclicked_cap) & (h_RTD != 0).any(axis=(1, 2))
+    moves &= context.config.unclicked_weight > 0
+    at, entries = at[moves], entries[moves]
+    if not len(at):
+        return
+    items_RKD, known_RK = _held_items(entries, context)
+    usable = known_RK.any(axis=1)
+    at, items_RKD, known_RK = at[usable], items_RKD[usable], known_RK[usable]
+    if not len(at):
+        return
+    stepped_RTD = unclicked_step(
+        vectors.get(at),
+        items_RKD,
+        known_RK,
+        context.biases[entries["surface"][usable]],
+        np.float32(context.config.unclicked_weight),
+        np.float32(context.config.unclicked_max_share),
+        context.rates,
+    )
+    vectors.set(at, stepped_RTD)
+
+
+def _held_items(entries: Rows, context: Context) -> tuple[F32, Bools]:
+    """Return the vectors [R, K, D] of the items that impressions hold, zero where unknown, and which are known."""
+    hashes = np.ascontiguousarray(entries["items"])
+    found, known = context.vectors.by_short_hash(hashes.reshape(-1))
+    known_RK = known.reshape(hashes.shape) & (hashes != 0)
+    items_RKD = found.reshape(*hashes.shape, DIM) * known_RK[..., None]
+    return items_RKD, known_RK
+
+
+def _act(rows: Rows, at: Ints, events: Columns, frozen: Bools, vectors: RowVectors, context: Context) -> None:
+    """Apply one action to each row ``at``: match its impression, step, enter the item into the ring, count."""
+    short = (events.item & np.uint64(0xFFFFFFFF)).astype(np.uint32)
+    short[short == 0] = 1
+    ring, slot, place = _match(rows, at, short, events, context)
+    positive = (events.action & POSITIVE) != 0
+    found = slot >= 0
+    clicked = at[found & positive]
+    bits = np.where(place == _NO_SLOT, CLICKED_ELSEWHERE, 1 << place).astype(np.uint16)[found & positive]
+    rows["pending"]["clicked"][clicked, slot[found & positive]] |= bits
+    rows["unclicked"][at[positive]] = 0
+
+    steps = (events.strength > 0) & events.known & ~frozen[at]
+    by_slate = np.flatnonzero(steps & found & positive)
+    alone = steps.copy()
+    if len(by_slate):
+        items_RKD, known_RK = _held_items(ring[by_slate, slot[by_slate]], context)
+        items_RKD = np.concatenate([items_RKD, np.zeros((len(by_slate), 1, DIM), np.float32)], axis=1)
+        known_RK = np.concatenate([known_RK, np.zeros((len(by_slate), 1), np.bool_)], axis=1)
+        each, chosen = np.arange(len(by_slate)), place[by_slate]
+        items_RKD[each, chosen] = events.vector_ND[by_slate]
+        known_RK[each, chosen] = True
+        # One known item alone has p = 1 and would teach nothing.
+        enough = known_RK.sum(axis=1) > 1
+        by_slate, items_RKD, known_RK, chosen = by_slate[enough], items_RKD[enough], known_RK[enough], chosen[enough]
+        alone[by_slate] = False
+        rows_at = at[by_slate]
+        weight = events.strength[by_slate]
+        vectors.set(rows_at, softmax_step(vectors.get(rows_at), items_RKD, known_RK, chosen, weight, context.rates))
+    single = np.flatnonzero(alone)
+    if len(single):
+        rows_at = at[single]
+        h_RTD = logistic_step(
+            vectors.get(rows_at),
+            events.vector_ND[single],
+            events.strength[single],
+            events.label[single],
+            context.biases[events.surface[single]],
+            context.rates,
+        )
+        vectors.set(rows_at, h_RTD)
+    _remember(rows, at, events, (events.strength > 0) & ~steps)
+    rows["actions"][at] += 1
+    rows["clicks"][at] += (events.action & ACTION_MASK) == _CLICK
+
+
+def _match(
+    rows: Rows, at: Ints, short: npt.NDArray[np.uint32], events: Columns, context: Context
+) -> tuple[Rows, Ints, Ints]:
+    """Find the open impression of each action: that of its request, else the newest that holds the item.
+
+    Returns the rings [R, PENDING], the slot [R] (-1: none) and the item's place in it [R] (_NO_SLOT: not held).
+    """
+    ring = rows["pending"][at]
+    age_s = (events.time_ms // 1000)[:, None] - ring["time_s"]
+    open_ = (ring["n"] > 0) & (age_s <= context.config.attribution_window_seconds)
+    holds = ring["items"] == short[:, None, None]
+    by_request = open_ & (ring["request"] == events.request[:, None]) & (events.request != 0)[:, None]
+    by_item = open_ & holds.any(axis=2)
+    eligible = np.where(by_request.any(axis=1)[:, None], by_request, by_item)
+    slot = np.where(eligible.any(axis=1), eligible.argmax(axis=1), -1)
+    in_slot = holds[np.arange(len(at)), slot]
+    place = np.where(in_slot.any(axis=1), in_slot.argmax(axis=1), _NO_SLOT)
+    return ring, slot, place
+
+
+def _remember(rows: Rows, at: Ints, events: Columns, pending: Bools) -> None:
+    """Move or enter the item of each action to the front of the ring of recent items.
+
+    An action without a label leaves the code of an item that is there already as it is.
+    """
+    ring = rows["recent"][at]
+    there = ring["item"] == events.item[:, None]
+    where = np.where(there.any(axis=1), there.argmax(axis=1), RECENT - 1)
+    each = np.arange(len(at))
+    old = ring["action"][each, where]
+    code = events.action | np.where(pending, STEP_PENDING, 0).astype(np.uint8)
+    keep_old = there.any(axis=1) & ((events.action & (POSITIVE | NEGATIVE)) == 0)
+    place = np.arange(RECENT)
+    source = place - (place <= where[:, None])
+    source[:, 0] = 0
+    moved = ring[each[:, None], source]
+    moved["item"][:, 0] = events.item
+    moved["time_s"][:, 0] = events.time_ms // 1000
+    moved["action"][:, 0] = np.where(keep_old, old, code)
+    rows["recent"][at] = moved
+
+
+def _impress(rows: Rows, at: Ints, events: Columns) -> None:
+    """Apply one impression to each row ``at``: open it, and enter its items into the ring of those shown."""
+    open_ = rows["pending"][at]
+    # A full ring drops the oldest here, without a step against it: its window was not over.
+    open_[:, 1:] = open_[:, :-1].copy()
+    newest = np.zeros(len(at), open_.dtype)
+    newest["request"] = events.request
+    newest["time_s"] = events.time_ms // 1000
+    newest["surface"] = events.surface
+    newest["n"] = events.n_items
+    newest["items"] = events.items_NS[:, :PENDING_ITEMS]
+    open_[:, 0] = newest
+    rows["pending"][at] = open_
+
+    ring = rows["shown"][at]
+    old, new = np.ascontiguousarray(ring["item"]), events.items_NS
+    same = (new[:, :, None] == old[:, None, :]) & (new != 0)[:, :, None]
+    before = np.einsum("rij,rj->ri", same, ring["count"].astype(np.intp))
+    merged = np.zeros((len(at), 2 * SHOWN), ring.dtype)
+    merged["item"][:, :SHOWN] = new
+    merged["time_s"][:, :SHOWN] = (events.time_ms // 1000)[:, None]
+    merged["count"][:, :SHOWN] = np.minimum(before + 1, 255)
+    merged[:, SHOWN:] = ring
+    gone = np.concatenate([new == 0, (old == 0) | same.any(axis=1)], axis=1)
+    merged[gone] = np.zeros((), ring.dtype)
+    keep = np.argsort(gone, axis=1, kind="stable")[:, :SHOWN]
+    rows["shown"][at] = merged[np.arange(len(at))[:, None], keep]
+    rows["impressions"][at] += 1
+
+
+def user_vectors(
+    rows: Rows,
+    now_ms: int,
+    config: UserStateConfig | None = None,
+    *,
+    vectors: VectorSource | None = None,
+    space_id: int | None = None,
+) -> tuple[F32, F32, Bools]:
+    """Return the short-term and the long-term vectors decayed to ``now_ms``, float32 [n, D], and who has any, bool [n].
+
+    With ``vectors`` and ``space_id``, a row whose vectors are in another space is served with vectors made anew
+    from its recent items; the row is not rewritten. ``config``: the half-lives; default: those of UserStateConfig().
+    """
+    config = config or UserStateConfig()
+    elapsed_seconds = np.maximum(now_ms - rows["vector_time_ms"], 0) / 1000.0
+    factor = np.exp2(-elapsed_seconds[:, None] / half_lives(config)).astype(np.float32)
+    h_RTD = read_vectors(rows) * factor[..., None]
+    if vectors is not None and space_id is not None:
+        foreign = np.flatnonzero((rows["space_id"] != np.uint64(space_id)) & (rows["space_id"] != 0))
+        if len(foreign):
+            until_ms = np.full(len(foreign), now_ms, np.int64)
+            h_RTD[foreign], _ = _rebuilt(rows[foreign], until_ms, Context.of(config, vectors, 0, space_id, 0, ()))
+    has = (h_RTD != 0).any(axis=(1, 2))
+    return np.ascontiguousarray(h_RTD[:, 0]), np.ascontiguousarray(h_RTD[:, 1]), has
+
+
+@dataclass(frozen=True, slots=True)
+class UserReader:
+    """What serving reads of user rows, with the settings and the space that it serves in."""
+
+    config: UserStateConfig
+    vectors: VectorSource
+    space_id: int
+
+    def user_vectors(self, rows: Rows, now_ms: int) -> tuple[F32, F32, Bools]:
+        """Return vectors in this reader's space, see ``user_vectors``."""
+        return user_vectors(rows, now_ms, self.config, vectors=self.vectors, space_id=self.space_id)
+
+    def shown(self, rows: Rows) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
+        """See models.user_row.shown."""
+        return shown(rows)
+
+    def recent(self, rows: Rows) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
+        """See models.user_row.recent."""
+        return recent(rows)
