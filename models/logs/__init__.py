@@ -1,0 +1,33 @@
+"""Readers of recorded logs in their official layouts: the same for `millstream import` and for the trainer's replay."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Final
+
+from models.errors import LogFormatError
+from models.logs.ebnerd import EbnerdLog
+from models.logs.jsonl import JsonlLog
+from models.logs.log import LogEvent, LogReader, fingerprint
+from models.logs.mind import MindLog
+from models.logs.movielens import MovieLensLog
+
+__all__ = ["KINDS", "LogEvent", "LogReader", "fingerprint", "open_log"]
+
+KINDS: Final = ("mind", "ebnerd", "movielens", "jsonl")
+
+
+def open_log(kind: str, path: Path) -> LogReader:
+    """Return the reader of the log of this kind at ``path``.
+
+    Raises LogFormatError where the kind is unknown or the files are not in its layout.
+    """
+    if kind == "mind":
+        return MindLog(path)
+    if kind == "ebnerd":
+        return EbnerdLog(path)
+    if kind == "movielens":
+        return MovieLensLog(path)
+    if kind == "jsonl":
+        return JsonlLog(path)
+    raise LogFormatError(f"unknown kind of log {kind!r}; there are {', '.join(KINDS)}")
