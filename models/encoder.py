@@ -164,6 +164,10 @@ class TextEncoder:
             self._cache.put(text, found)
         return found
 
+    def vocabulary(self) -> dict[str, int]:
+        """Return the tokenizer's tokens with their ids."""
+        return dict(self._tokenizer.get_vocab())
+
     def _forward(self, tokens: list[list[int]]) -> Floats:
         import torch
 
@@ -183,6 +187,15 @@ class TextEncoder:
         if not np.isfinite(unit).all():
             raise EncoderError("the encoder gave values that are not finite: try encoder.precision = float32")
         return np.asarray(unit, np.float32)
+
+
+def identify(config: EncoderConfig) -> str:
+    """Return the ``encoder_id`` that ``TextEncoder.load`` would give, without loading: the worker has no encoder.
+
+    Reads the weights once for their hash. Raises EncoderError as ``load`` does.
+    """
+    folder, name = find_model(config.model)
+    return _encoder_id(folder, name, _pooling(folder, config), config)
 
 
 def find_model(model: str) -> tuple[Path, str]:
