@@ -13,8 +13,10 @@ import numpy as np
 import numpy.typing as npt
 
 from models.catalogue import Catalogue
+from models.counters import CLICKS, ItemCounters
 from models.events import Filters
 from models.ranking import F32, I32, TASTES, Bools, clip_ctr, is_in
+from models.retrieval import VectorIndex
 
 I8 = npt.NDArray[np.int8]
 
@@ -22,8 +24,6 @@ SOURCES: Final = (*TASTES, "popular", "candidates")
 """Names of the sources of a candidate, by code; the first ones are the tastes, in their order."""
 POPULAR: Final = len(TASTES)
 GIVEN: Final = POPULAR + 1
-CLICKS: Final = 1
-"""Place of clicks among the kinds of the counters (impressions, clicks, weighted actions)."""
 MAX_COLUMNS: Final = 1 << 16
 
 
@@ -77,26 +77,6 @@ class Refusal:
         return refused
 
 
-class Searcher(Protocol):
-    """The part of the vector index that retrieval needs."""
-
-    def search(self, queries: F32, k: int) -> tuple[I32, F32]:
-        """Return rows int32 [n, k], padded with -1, and their similarity float32 [n, k]."""
-
-
-class Counts(Protocol):
-    """The part of the item counters that the recommender needs."""
-
-    def read(self, rows: I32, now_ms: int) -> F32:
-        """Return decayed counts, float32 [..., half-lives, kinds]."""
-
-    def smoothed_ctr(self, rows: I32, now_ms: int, half_life_index: int) -> F32:
-        """Return the smoothed CTR of each row."""
-
-    def top(self, n: int, now_ms: int, half_life_index: int, kind: int, mask: Bools | None = None) -> I32:
-        """Return the rows with the most of one kind of count, best first."""
-
-
 @dataclass(slots=True)
 class Popular:
     """The most popular servable items at one moment.
@@ -137,7 +117,7 @@ def no_popular() -> Popular:
     return Popular(np.zeros(0, np.int32), 0, np.zeros(0, np.float32), np.zeros(0, np.float32))
 
 
-def popular_items(items: Catalogue, counts: Counts, n: int, now_ms: int, half_life_index: int) -> Popular:
+def popular_items(items: Catalogue, counters: ItemCounters, n: int, now_ms: int, half_life_index: int) -> Popular:
     """Return the ``n`` most popular servable items, filled up with the newest ones.
 
     Popularity is the number of clicks decayed with the half-life of that index. Ties go to the lower row.
@@ -145,10 +125,8 @@ def popular_items(items: Catalogue, counts: Counts, n: int, now_ms: int, half_li
     n_items = min(len(items.index), items.capacity)
     every = np.arange(n_items, dtype=np.int32)
     servable = items.servable(every, now_ms)
-    top = counts.top(n, now_ms, half_life_index, CLICKS, servable)
-    top = top[(top >= 0) & (top < n_items)]
-    top = top[servable[top]]
-    clicks = counts.read(top, now_ms)[:, half_life_index, CLICKS]
+    top = counters.top(n, now_ms, half_life_index, CLICKS, servable)
+    clicks = counters.read(top, now_ms)[:, half_life_index, CLICKS]
     order = np.lexsort((top, -clicks))
     order = order[clicks[order] > 0]
     top, clicks = top[order].astype(np.int32), clicks[order]
@@ -165,11 +143,11 @@ def popular_items(items: Catalogue, counts: Counts, n: int, now_ms: int, half_li
         others = others[published >= edge]
     newest = others[np.lexsort((others, -items.published_at_ms[others]))][: max(wanted, 0)]
     rows = np.concatenate([top, newest])
-    ctr = clip_ctr(counts.smoothed_ctr(rows, now_ms, half_life_index))
+    ctr = clip_ctr(counters.smoothed_ctr(rows, now_ms, half_life_index))
     return Popular(rows, len(top), ctr, strength)
 
 
-def search_tastes(searcher: Searcher, tastes: F32, active: Bools, per_taste: int) -> I32:
+def search_tastes(index: VectorIndex, tastes: F32, active: Bools, per_taste: int) -> I32:
     """Return the nearest items of every active taste, int32 [B, V, per_taste], by one search of the index.
 
     ``tastes`` float32 [B, V, D], ``active`` bool [B, V]. The number per taste is the same for all, so that a
@@ -177,7 +155,7 @@ def search_tastes(searcher: Searcher, tastes: F32, active: Bools, per_taste: int
     """
     found = np.full((*active.shape, per_taste), -1, np.int32)
     if active.any():
-        rows, _ = searcher.search(np.ascontiguousarray(tastes[active], dtype=np.float32), per_taste)
+        rows, _ = index.search(np.ascontiguousarray(tastes[active], dtype=np.float32), per_taste)
         found[active, : rows.shape[1]] = rows
     return found
 

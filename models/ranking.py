@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from models.events import ACTIONS
 from models.item_index import ItemIndex
+from models.user_row import ACTION_MASK, NEGATIVE, POSITIVE
 
 UserRows = npt.NDArray[Any]
 """User rows: a structured array of models.user_row.ROW, [n]."""
@@ -33,12 +34,8 @@ NO_ROW: Final = -2
 """Padding of sets of rows: equal to no candidate, and not to the padding of candidates."""
 UNWANTED_PENALTY: Final = np.float32(1e4)
 """Puts an item that would be left out behind all others, where the request names its candidates."""
-LIKED: Final = tuple(ACTIONS.index(a) for a in ("click", "like", "share", "purchase"))
-"""Codes of actions that may be named as a reason."""
-USED: Final = (*LIKED, ACTIONS.index("rating"), ACTIONS.index("dwell"))
-"""Codes of actions after which an item is not shown again for a while."""
-UNWANTED: Final = (ACTIONS.index("hide"), ACTIONS.index("dislike"))
-"""Codes of actions after which an item is left out as long as the row remembers it."""
+UNWANTED_ACTIONS: Final = tuple(ACTIONS.index(name) + 1 for name in ("hide", "dislike"))
+"""Codes, as rows keep them, of actions after which an item is left out as long as the row remembers it."""
 
 
 class RankingConfig(BaseModel):
@@ -72,7 +69,9 @@ class RankingConfig(BaseModel):
         0.1, ge=0, le=100, description="Taken from the score for each time that the item was shown lately."
     )
     clicked_window_seconds: float = Field(
-        604_800.0, ge=0, description="Items that the user clicked within this many seconds are left out."
+        604_800.0,
+        ge=0,
+        description="Items that the user clicked, bought, rated … within this many seconds are left out.",
     )
 
     def taste_weights(self) -> F32:
@@ -88,11 +87,11 @@ class UserReader(Protocol):
     def user_vectors(self, rows: UserRows, now_ms: int) -> tuple[F32, F32, Bools]:
         """Return short-term and long-term vectors float32 [n, D] as of ``now_ms``, and whether there is any, [n]."""
 
-    def shown(self, rows: UserRows) -> tuple[npt.NDArray[np.uint32], npt.NDArray[Any], npt.NDArray[np.int64]]:
+    def shown(self, rows: UserRows) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
         """Return short hashes of items shown lately [n, S] (0 = none), how often, and when last (ms)."""
 
-    def recent(self, rows: UserRows) -> tuple[npt.NDArray[np.uint64], npt.NDArray[Any], npt.NDArray[np.int64]]:
-        """Return hashes of recent items [n, R] (0 = none), action codes (places in ACTIONS), and times (ms)."""
+    def recent(self, rows: UserRows) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
+        """Return hashes of recent items [n, R] (0 = none), action codes as models.user_row says, and times (ms)."""
 
 
 @dataclass(slots=True)
@@ -102,13 +101,15 @@ class Past:
     ``unwanted`` int32 [B, X]: rows to leave out (clicked lately, hidden, disliked, shown too often).
     ``shown`` int32 [B, S] and ``shown_counts`` float32 [B, S]: rows shown lately and how often.
     Both are padded with -2, which equals no candidate.
-    ``clicked`` int32 [B, R]: rows of items that the user liked to see (for reasons), -1 elsewhere.
+    ``liked`` int32 [B, R]: rows of items with a positive action, newest first, -1 elsewhere; ``actions`` uint8 [B, R]:
+    codes of those actions.
     """
 
     unwanted: I32
     shown: I32
     shown_counts: F32
-    clicked: I32
+    liked: I32
+    actions: npt.NDArray[np.uint8]
 
 
 @dataclass(slots=True)
@@ -125,25 +126,31 @@ def past_of(reader: UserReader, states: UserRows, index: ItemIndex, now_ms: int,
     """Return what the rows of B users say about items at ``now_ms``."""
     hashes, codes, times_ms = reader.recent(states)
     recent = index.rows_by_hash(hashes.ravel().tolist(), hashes.size).reshape(hashes.shape)
-    liked = np.isin(codes, LIKED) & (recent >= 0)
-    lately = now_ms - times_ms <= config.clicked_window_seconds * 1000
-    clicked = np.isin(codes, USED) & lately
-    refused = np.isin(codes, UNWANTED)
+    refused = is_refused(codes)
+    used = (recent >= 0) & ~refused
+    lately = used & (now_ms - times_ms <= config.clicked_window_seconds * 1000)
 
     short_hashes, counts, shown_ms = reader.shown(states)
     shown = index.rows_by_short_hash(short_hashes.ravel().tolist(), short_hashes.size).reshape(short_hashes.shape)
-    lately = now_ms - shown_ms <= config.shown_window_seconds * 1000
-    answered = is_in(shown, np.where(np.isin(codes, USED), recent, NO_ROW))
-    times = np.where(lately & ~answered, counts, 0).astype(np.float32)
+    shown[shown < 0] = NO_ROW
+    answered = is_in(shown, np.where(used, recent, -1))
+    in_window = now_ms - shown_ms <= config.shown_window_seconds * 1000
+    times = np.where(in_window & ~answered, counts, 0).astype(np.float32)
     too_often = times >= config.shown_limit
-    unwanted = np.concatenate([np.where(clicked | refused, recent, -1), np.where(too_often, shown, -1)], axis=1)
+    unwanted = np.concatenate([np.where(lately | refused, recent, -1), np.where(too_often, shown, -1)], axis=1)
     unwanted[unwanted < 0] = NO_ROW
     return Past(
         unwanted=unwanted[:, (unwanted >= 0).any(axis=0)],
-        shown=np.where(shown >= 0, shown, NO_ROW),
+        shown=shown,
         shown_counts=times,
-        clicked=np.where(liked, recent, -1),
+        liked=np.where(used & ((codes & POSITIVE) != 0), recent, -1),
+        actions=codes & np.uint8(ACTION_MASK),
     )
+
+
+def is_refused(codes: npt.NDArray[np.uint8]) -> Bools:
+    """Tell which recent actions say that the user does not want the item: hide, dislike, a low rating."""
+    return np.isin(codes & ACTION_MASK, UNWANTED_ACTIONS) | ((codes & NEGATIVE) != 0)
 
 
 def unit(vector: F32) -> F32:

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from models.candidates import GIVEN, POPULAR, SOURCES
 from models.catalogue import Catalogue
-from models.events import Reason, RecommendedItem
+from models.events import ACTIONS, Reason, RecommendedItem
 from models.ranking import F32, I32, LONG_TERM, PROFILE, QUERY, SHORT_TERM, Bools
 
 BECAUSE_CLICKED: Final = "because_clicked"
@@ -29,6 +29,14 @@ _CHOSEN = Reason(kind=TRENDING, text="The best known of the items asked for")
 _PROFILE = Reason(kind=LIKE_PROFILE, text="Fits your profile")
 _QUERY = Reason(kind=MATCHES_QUERY, text="Matches your search")
 _RECENT = Reason(kind=BECAUSE_CLICKED, text="Like what you clicked before")
+_LIKED_SOURCES: Final = frozenset((SHORT_TERM, LONG_TERM, GIVEN))
+_VERBS: Final[dict[str, str]] = {
+    "like": "liked",
+    "share": "shared",
+    "purchase": "bought",
+    "rating": "rated",
+    "dwell": "spent time on",
+}
 
 
 @dataclass(slots=True)
@@ -36,9 +44,9 @@ class Winners:
     """The chosen items of a batch, best first.
 
     ``rows`` int32 [B, K], ``counts`` int64 [B] (how many of the K there are), ``sources`` int8 [B, K], ``scores`` and
-    ``ctr`` float32 [B, K], ``trending`` bool [B, K] (has decayed clicks), ``nearest`` int32 [B, K]: row of the nearest
-    item clicked lately, -1 where none is near, ``asked`` int8 [B]: taste that speaks for items without a nearest
-    one, -1 for none.
+    ``ctr`` float32 [B, K], ``trending`` bool [B, K] (has decayed clicks), ``nearest`` int32 [B, K]: row of the
+    nearest item that the user liked, -1 where none is near, ``actions`` uint8 [B, K]: code of what the user did with
+    it, ``asked`` int8 [B]: taste that speaks for items without a nearest one, -1 for none.
     """
 
     rows: I32
@@ -48,23 +56,23 @@ class Winners:
     ctr: F32
     trending: Bools
     nearest: I32
+    actions: npt.NDArray[np.uint8]
     asked: npt.NDArray[np.int8]
 
 
-def nearest_clicked(winner_vectors: F32, clicked: I32, clicked_vectors: F32, known: Bools, least: float) -> I32:
-    """Return for each winner the row of the nearest item that its user clicked lately, int32 [B, K], -1 for none.
+def nearest_liked(winner_vectors: F32, liked_vectors: F32, known: Bools, least: float) -> npt.NDArray[np.int64]:
+    """Return for each winner the place of the nearest item that its user liked, int64 [B, K], -1 for none.
 
-    ``winner_vectors`` float32 [B, K, D], ``clicked`` int32 [B, R], ``clicked_vectors`` float32 [B, R, D], ``known``
-    bool [B, R]. A similarity below ``least`` is no reason.
+    ``winner_vectors`` float32 [B, K, D], ``liked_vectors`` float32 [B, R, D], ``known`` bool [B, R]. A similarity
+    below ``least`` is no reason; of equal ones, the first place counts (the newest action).
     """
-    if not clicked.shape[1] or not known.any():
-        return np.full(winner_vectors.shape[:2], -1, np.int32)
-    near = np.matmul(winner_vectors, clicked_vectors.transpose(0, 2, 1))
+    if not known.any():
+        return np.full(winner_vectors.shape[:2], -1, np.int64)
+    near = np.matmul(winner_vectors, liked_vectors.transpose(0, 2, 1))
     near = np.where(known[:, None, :], near, np.float32(-np.inf))
     best = near.argmax(axis=2)
     value = np.take_along_axis(near, best[:, :, None], axis=2)[:, :, 0]
-    rows = np.take_along_axis(clicked, best, axis=1)
-    return np.where(value >= least, rows, -1).astype(np.int32)
+    return np.where(value >= least, best, -1)
 
 
 def assemble(winners: Winners, catalogue: Catalogue) -> list[list[RecommendedItem]]:
@@ -79,18 +87,19 @@ def assemble(winners: Winners, catalogue: Catalogue) -> list[list[RecommendedIte
         winners.ctr.tolist(),
         winners.trending.tolist(),
         winners.nearest.tolist(),
+        winners.actions.tolist(),
         strict=True,
     )
-    by_clicked: dict[int, Reason] = {}
+    known: dict[tuple[int, int], Reason] = {}
     slates: list[list[RecommendedItem]] = []
-    for b, (rows, sources, scores, ctrs, trending, nearest) in enumerate(columns):
+    for b, (rows, sources, scores, ctrs, trending, nearest, actions) in enumerate(columns):
         slate = []
         for i in range(counts[b]):
             source, near = sources[i], nearest[i]
-            if near >= 0 and source in _CLICK_SOURCES:
-                reason = by_clicked.get(near)
+            if near >= 0 and source in _LIKED_SOURCES:
+                reason = known.get((near, actions[i]))
                 if reason is None:
-                    reason = by_clicked[near] = because_clicked(catalogue, near)
+                    reason = known[near, actions[i]] = because_clicked(catalogue, near, actions[i])
             else:
                 reason = plain_reason(source, trending[i], asked[b])
             slate.append(RecommendedItem(item_id(rows[i]), i + 1, scores[i], ctrs[i], SOURCES[source], None, reason))
@@ -98,16 +107,17 @@ def assemble(winners: Winners, catalogue: Catalogue) -> list[list[RecommendedIte
     return slates
 
 
-_CLICK_SOURCES = frozenset((SHORT_TERM, LONG_TERM, GIVEN))
+def because_clicked(catalogue: Catalogue, row: int, action: int) -> Reason:
+    """Return the reason that names an item that the user liked, with its title where that is known.
 
-
-def because_clicked(catalogue: Catalogue, row: int) -> Reason:
-    """Return the reason that names a clicked item, with its title where that is known."""
+    ``action``: code of what the user did with it, as rows keep it.
+    """
     item = catalogue.item(row)
     title = item.title.strip() if item is not None else ""
     if len(title) > TITLE_CHARACTERS:
         title = title[: TITLE_CHARACTERS - 1].rstrip() + "…"
-    text = f"Because you clicked “{title}”" if title else "Because of an item that you clicked"
+    verb = _VERBS.get(ACTIONS[action - 1]) if 0 < action <= len(ACTIONS) else None
+    text = f"Because you {verb or 'clicked'} {f'“{title}”' if title else 'an item like it'}"
     return Reason(kind=BECAUSE_CLICKED, text=text, item_ids=[catalogue.index.item_id(row)])
 
 

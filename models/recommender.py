@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import cast
 
 import numpy as np
 import numpy.typing as npt
@@ -18,16 +17,15 @@ from models.candidates import (
     GIVEN,
     POPULAR,
     SOURCES,
-    Counts,
     Pool,
     Refusal,
-    Searcher,
     merge,
     no_popular,
     popular_items,
     search_tastes,
 )
 from models.catalogue import Catalogue
+from models.counters import ItemCounters
 from models.events import MAX_CANDIDATES, MAX_K, Filters, Reason, RecommendedItem, Request, epoch_ms
 from models.hashing import hash64
 from models.ranking import (
@@ -37,7 +35,7 @@ from models.ranking import (
     QUERY,
     SHORT_TERM,
     TASTES,
-    UNWANTED,
+    UNWANTED_ACTIONS,
     UNWANTED_PENALTY,
     Bools,
     Features,
@@ -55,7 +53,9 @@ from models.ranking import (
     top_k,
     unit,
 )
-from models.reasons import Winners, assemble, nearest_clicked
+from models.reasons import Winners, assemble, nearest_liked
+from models.retrieval import VectorIndex
+from models.user_row import ACTION_MASK, NEGATIVE
 
 
 class SurfaceConfig(BaseModel):
@@ -167,8 +167,8 @@ class Recommender:
         self,
         config: RecommenderConfig,
         catalogue: Catalogue,
-        counters: Counts,
-        vector_index: Searcher,
+        counters: ItemCounters,
+        vector_index: VectorIndex,
         users: UserReader | None = None,
         on_stage: Callable[[str], None] | None = None,
     ) -> None:
@@ -176,7 +176,7 @@ class Recommender:
         self._catalogue = catalogue
         self._counters = counters
         self._vector_index = vector_index
-        self._users = users if users is not None else cast(UserReader, user_state)
+        self._users = users if users is not None else user_state
         self._on_stage = on_stage or _no_stage
         self._popular = no_popular()
         self._refreshed_at_ms: int | None = None
@@ -370,7 +370,9 @@ class Recommender:
     ) -> Winners:
         rows = np.take_along_axis(pool.rows, columns, axis=1)
         vectors, _ = self._catalogue.vectors_of(rows)
-        clicked_vectors, known = self._catalogue.vectors_of(past.clicked)
+        liked_vectors, known = self._catalogue.vectors_of(past.liked)
+        near = nearest_liked(vectors, liked_vectors, known, self.config.reason_similarity)
+        place = np.maximum(near, 0)
         return Winners(
             rows=rows,
             counts=counts,
@@ -378,7 +380,8 @@ class Recommender:
             scores=np.take_along_axis(scores, columns, axis=1),
             ctr=np.take_along_axis(features.ctr, columns, axis=1),
             trending=np.take_along_axis(features.popularity, columns, axis=1) > 0,
-            nearest=nearest_clicked(vectors, past.clicked, clicked_vectors, known, self.config.reason_similarity),
+            nearest=np.where(near >= 0, np.take_along_axis(past.liked, place, axis=1), -1).astype(np.int32),
+            actions=np.take_along_axis(past.actions, place, axis=1),
             asked=np.where(active[:, QUERY], QUERY, np.where(active[:, PROFILE], PROFILE, -1)).astype(np.int8),
         )
 
@@ -388,7 +391,9 @@ class Recommender:
             hashes, codes, _ = self._users.recent(rows)
             return [
                 frozenset(
-                    h for h, c in zip(hashes[r.row].tolist(), codes[r.row].tolist(), strict=True) if c in UNWANTED
+                    h
+                    for h, c in zip(hashes[r.row].tolist(), codes[r.row].tolist(), strict=True)
+                    if c & ACTION_MASK in UNWANTED_ACTIONS or c & NEGATIVE
                 )
                 for r in requests
             ]
