@@ -80,7 +80,7 @@ class ItemCounters:
     """
 
     def __init__(
-        self, config: CountersConfig, index: ItemIndex, is_named: Callable[[int], bool] = lambda row: False
+        self, index: ItemIndex, config: CountersConfig, is_named: Callable[[int], bool] = lambda row: False
     ) -> None:
         self.config = config
         self.index = index
@@ -191,14 +191,22 @@ class ItemCounters:
         return self._partition(partition).dirty()
 
     def take_dirty(self, partition: int, slots: Int64) -> Absolute:
-        """Return the state of ``slots`` and note it as published. A caller that cannot send it must end."""
+        """Return the state of ``slots``, to be sent now; `put_back` what was not sent after all."""
         counters = self._partition(partition)
         counters.clean(slots)
         return counters.absolute(slots)
 
+    def put_back(self, partition: int, slots: Int64, since: Int64) -> None:
+        """Have taken slots published after all, with the offsets since which they wait."""
+        self._partition(partition).put_back(slots, since)
+
     def checkpoint(self, partition: int) -> Checkpoint:
-        """Return up to where a partition is published, once all that ``take_dirty`` returned is."""
+        """Return up to where a partition is published once all that `take_dirty` returned is; changes nothing."""
         return self._partition(partition).checkpoint()
+
+    def published(self, partition: int, checkpoint: Checkpoint) -> None:
+        """Forget what only an earlier checkpoint needs; call it when ``checkpoint`` was acknowledged."""
+        self._partition(partition).published(checkpoint)
 
     def touch_again(self, partition: int, rows: Int32, contained: Int64) -> None:
         """Have items of an owned partition published again where somebody wrote a state that contains less."""

@@ -158,24 +158,28 @@ class PartitionCounters:
         self._dirty[:] = False
 
     def checkpoint(self) -> Checkpoint:
-        """Return up to where everything is published, if what is not dirty was published.
-
-        Windows that no later checkpoint can need are forgotten.
-        """
+        """Return up to where everything is published, once what is not dirty was sent."""
         dirty = self._dirty[: self.used]
+        offset = max(self.next_offset, self._contained_up_to)
         if dirty.any():
-            offset = int(self._dirty_since[: self.used][dirty].min())
-        else:
-            offset = max(self.next_offset, self._contained_up_to)
+            offset = min(offset, int(self._dirty_since[: self.used][dirty].min()))
         if not self._windows:
-            return Checkpoint(offset, offset if not dirty.any() else min(offset, self.next_offset), None)
+            return Checkpoint(offset, offset, None)
+        first_offset, watermark_ms = self._windows[self._window_before(offset)]
+        return Checkpoint(offset, first_offset, watermark_ms)
+
+    def published(self, checkpoint: Checkpoint) -> None:
+        """Forget the windows that no checkpoint from ``checkpoint`` on can need."""
+        self._contained_up_to = max(self._contained_up_to, checkpoint.offset)
+        if self._windows:
+            del self._windows[: self._window_before(checkpoint.offset)]
+
+    def _window_before(self, offset: int) -> int:
+        """Return the number of the window before the one in force when ``offset`` is read, or of the first held."""
         in_force = 0
         while in_force + 1 < len(self._windows) and self._windows[in_force + 1][0] < offset:
             in_force += 1
-        del self._windows[: max(in_force - 1, 0)]
-        first_offset, watermark_ms = self._windows[0]
-        self._contained_up_to = max(self._contained_up_to, offset)
-        return Checkpoint(offset, first_offset, watermark_ms)
+        return max(in_force - 1, 0)
 
     def add(self, batch: TouchBatch, rows: Int32, item_hashes: UInt64) -> Added:
         """Count a batch; ``rows`` and ``item_hashes`` are those of ``batch.item_ids``, a row below 0 is left out.
@@ -305,6 +309,12 @@ class PartitionCounters:
     def clean(self, slots: Int64) -> None:
         """Note that the present state of ``slots`` is on its way to the topic."""
         self._dirty[slots] = False
+
+    def put_back(self, slots: Int64, since: Int64) -> None:
+        """Note that ``slots``, which `clean` was told about, were not sent after all."""
+        waiting = self._dirty[slots]
+        self._dirty_since[slots] = np.where(waiting, np.minimum(self._dirty_since[slots], since), since)
+        self._dirty[slots] = True
 
     def touch_again(self, rows: Int32, contained: Int64) -> None:
         """Have items published again: another process wrote a state of them that contains only up to ``contained``."""
