@@ -20,7 +20,7 @@ import subprocess
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from string import Template
@@ -34,6 +34,8 @@ from streams.kafka_clients import BOOTSTRAP_FILE, new_admin
 from streams.settings import Settings
 
 HOST = "127.0.0.1"
+LOCAL_NODE = "node-1"
+"""Folder of the one node below ``settings.broker.folder``."""
 JAVA_MAJOR = 17
 STOP_SECONDS = 30.0
 """A node that has not ended this long after SIGTERM is killed."""
@@ -200,6 +202,11 @@ class KafkaNode:
         (self.folder / "pid").write_text(f"{self._process.pid}\n", "utf-8")
         return self._process.pid
 
+    @property
+    def is_started(self) -> bool:
+        """Whether the node was started and neither stopped nor killed since; it may have died by itself."""
+        return (self.folder / "pid").is_file()
+
     def process(self) -> psutil.Process | None:
         """Return the running process, or None. A pid that now belongs to another program is not ours."""
         try:
@@ -235,9 +242,17 @@ class KafkaNode:
         self._forget()
 
     def pause(self) -> None:
-        """SIGSTOP: the node is there and answers nothing. ``resume`` ends it."""
-        if (process := self.process()) is not None:
-            process.send_signal(signal.SIGSTOP)
+        """SIGSTOP: the node is there and answers nothing, from the return of this call until ``resume``."""
+        process = self.process()
+        if process is None:
+            raise BrokerUnavailable(f"no broker runs in {self.folder}, so none can be paused")
+        process.send_signal(signal.SIGSTOP)
+        deadline = time.monotonic() + STOP_SECONDS
+        # The signal reaches the threads of a busy JVM one after the other.
+        while process.status() != psutil.STATUS_STOPPED:
+            if time.monotonic() > deadline:
+                raise BrokerUnavailable(f"the broker in {self.folder} (pid {process.pid}) does not stop on SIGSTOP")
+            time.sleep(0.005)
 
     def resume(self) -> None:
         """SIGCONT."""
@@ -317,18 +332,8 @@ class KafkaCluster:
             node.spawn(self._jars, self._heap)
 
     async def wait_ready(self, timeout_seconds: float = 90.0) -> None:
-        """Return when each running node answers an admin request that lists all running nodes."""
-        running = {i: node for i, node in self.nodes.items() if node.process() is not None}
-        deadline = time.monotonic() + timeout_seconds
-        for node in running.values():
-            while not set(running) <= await broker_ids(node.bootstrap_servers):
-                if node.process() is None:
-                    raise BrokerUnavailable(f"Kafka ended while starting; its last words:\n{node.last_words()}")
-                if time.monotonic() > deadline:
-                    raise BrokerUnavailable(
-                        f"Kafka was not ready within {timeout_seconds:.0f} s; its last words:\n{node.last_words()}"
-                    )
-                await asyncio.sleep(0.1)
+        """Return when each started node answers an admin request that lists all of them."""
+        await _wait_ready({i: node for i, node in self.nodes.items() if node.is_started}, timeout_seconds)
 
     def stop(self, limit_seconds: float = STOP_SECONDS) -> None:
         """End every node; nodes side by side, since each waits for the others' controllers."""
@@ -339,6 +344,19 @@ class KafkaCluster:
                     process.terminate()
         for node in self.nodes.values():
             node.stop(limit_seconds)
+
+
+async def _wait_ready(nodes: Mapping[int, KafkaNode], timeout_seconds: float) -> None:
+    deadline = time.monotonic() + timeout_seconds
+    for node in nodes.values():
+        while not set(nodes) <= await broker_ids(node.bootstrap_servers):
+            if node.process() is None:
+                raise BrokerUnavailable(f"Kafka ended while starting; its last words:\n{node.last_words()}")
+            if time.monotonic() > deadline:
+                raise BrokerUnavailable(
+                    f"Kafka was not ready within {timeout_seconds:.0f} s; its last words:\n{node.last_words()}"
+                )
+            await asyncio.sleep(0.1)
 
 
 async def broker_ids(bootstrap_servers: str, timeout_seconds: float = 5.0) -> set[int]:
@@ -383,13 +401,16 @@ async def start(settings: Settings) -> BrokerStatus:
     folder = settings.broker.folder.absolute()
     folder.mkdir(parents=True, exist_ok=True)
     with _lock(folder):
-        if (found := await status(settings)).running:
-            return found
-        jars = await asyncio.to_thread(fetch_jars, folder)
-        cluster = KafkaCluster(folder, jars=jars, heap=settings.broker.heap, preferred_port=settings.broker.port)
-        await cluster.start(settings.broker.start_timeout_seconds)
+        node = KafkaNode(folder / LOCAL_NODE)
+        if node.process() is None:
+            jars = await asyncio.to_thread(fetch_jars, folder)
+            cluster = KafkaCluster(folder, jars=jars, heap=settings.broker.heap, preferred_port=settings.broker.port)
+            await cluster.start(settings.broker.start_timeout_seconds)
+        else:
+            # Perhaps the command that started it was interrupted: ready or not, it is the one to wait for.
+            await _wait_ready({1: node}, settings.broker.start_timeout_seconds)
         file = folder / BOOTSTRAP_FILE
-        file.with_suffix(".new").write_text(cluster.bootstrap_servers + "\n", "utf-8")
+        file.with_suffix(".new").write_text(node.bootstrap_servers + "\n", "utf-8")
         file.with_suffix(".new").replace(file)
     return await status(settings)
 
@@ -401,7 +422,7 @@ def stop(settings: Settings) -> bool:
         return False
     with _lock(folder):
         (folder / BOOTSTRAP_FILE).unlink(missing_ok=True)
-        return KafkaNode(folder / "node-1").stop()
+        return KafkaNode(folder / LOCAL_NODE).stop()
 
 
 async def status(settings: Settings) -> BrokerStatus:
@@ -409,12 +430,26 @@ async def status(settings: Settings) -> BrokerStatus:
     if settings.kafka.bootstrap_servers:
         ready = await is_ready(settings)
         return BrokerStatus(ready, ready, settings.kafka.bootstrap_servers, own=False)
-    node = KafkaNode(settings.broker.folder / "node-1")
+    node = KafkaNode(settings.broker.folder / LOCAL_NODE)
     process = node.process()
     if process is None:
         return BrokerStatus(False, False, None)
     ready = 1 in await broker_ids(node.bootstrap_servers)
     return BrokerStatus(True, ready, node.bootstrap_servers, process.pid, process.memory_info().rss)
+
+
+def describe(found: BrokerStatus, settings: Settings) -> str:
+    """Return a status as the lines that the command line prints."""
+    if not found.own:
+        answers = "answers" if found.ready else "does not answer"
+        return f"the settings name the cluster {found.bootstrap_servers}, which {answers}; no local Kafka is used"
+    if not found.running:
+        return "Kafka does not run here; start it with `millstream kafka start`"
+    ready = "ready" if found.ready else "running, but does not answer"
+    return (
+        f"Kafka is {ready}: {found.bootstrap_servers}, pid {found.pid}, {(found.rss_bytes or 0) >> 20} MiB; "
+        f"data and logs in {settings.broker.folder / LOCAL_NODE}"
+    )
 
 
 @contextlib.contextmanager

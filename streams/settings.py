@@ -177,7 +177,7 @@ class Settings(BaseSettings):
         return env_settings, init_settings
 
 
-_OWN_VARIABLES = {CONFIG_FILE_VARIABLE}
+_OWN_VARIABLES = {CONFIG_FILE_VARIABLE, "MILLSTREAM_TEST_BOOTSTRAP"}
 
 
 def load(config_file: Path | None = None) -> Settings:

@@ -36,6 +36,8 @@ DAY_MS = 24 * HOUR_MS
 SEGMENT_MS = 600_000
 SEGMENT_BYTES = 64 << 20
 CLASSIC = "classic"
+MISSING = "topic"
+"""``Difference.what`` of a topic that does not exist."""
 PROTOCOLS = "group.coordinator.rebalance.protocols"
 
 
@@ -92,6 +94,8 @@ class Difference:
     """False: tuning; the worker says it and starts all the same."""
 
     def __str__(self) -> str:
+        if self.what == MISSING:
+            return f"{self.topic}: does not exist; {self.how}"
         verdict = "can be changed" if self.fixable else "can no longer be changed"
         return f"{self.topic}: {self.what} is {self.found}, must be {self.wanted}; {verdict}: {self.how}"
 
@@ -236,7 +240,7 @@ async def check(settings: Settings) -> list[Difference]:
         for shape in wanted:
             if shape.name not in existing:
                 how = "run `millstream topics create`"
-                found.append(Difference(shape.name, "topic", "there", "missing", True, how))
+                found.append(Difference(shape.name, MISSING, "there", "not there", True, how))
                 continue
             topic = metadata[shape.name]
             differences = _compare(settings, shape, topic["partitions"], configs[shape.name])

@@ -89,7 +89,7 @@ def settings_with(tmp_path: Path, request: pytest.FixtureRequest) -> SettingsWit
     name = f"t{uuid.uuid4().hex[:12]}"
 
     def build(**sections: dict[str, Any]) -> Settings:
-        values: dict[str, dict[str, Any]] = {
+        values: dict[str, Any] = {
             "kafka": {"request_timeout_seconds": 10.0},
             "broker": {"folder": tmp_path / "kafka"},
             "topics": {"prefix": name, "partitions": PARTITIONS},
