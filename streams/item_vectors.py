@@ -58,12 +58,21 @@ def item_id_of(record_key: bytes | None, prefix: bytes) -> str | None:
     return record_key[len(prefix) :].decode("utf-8", "replace")
 
 
-def decode(record_value: bytes, base_dim: int) -> Encoding:
-    """Decode a value. Raises RecordError where it is not an encoding of ``base_dim`` dimensions."""
+def content_hash_of(record_value: bytes) -> int:
+    """Return the content hash in a value. Raises RecordError where it is not one of ours."""
+    return _decoded(record_value).content_hash
+
+
+def _decoded(record_value: bytes) -> _Value:
     try:
-        stored = _DECODER.decode(record_value)
+        return _DECODER.decode(record_value)
     except (msgspec.DecodeError, msgspec.ValidationError) as error:
         raise RecordError("malformed", f"not an item vector: {error}") from None
+
+
+def decode(record_value: bytes, base_dim: int) -> Encoding:
+    """Decode a value. Raises RecordError where it is not an encoding of ``base_dim`` dimensions."""
+    stored = _decoded(record_value)
     if len(stored.vector) != 2 * base_dim:
         raise RecordError("invalid", f"an item vector of {len(stored.vector)} bytes, not {2 * base_dim}")
     return Encoding(stored.content_hash, np.frombuffer(stored.vector, "<f2"))

@@ -1,0 +1,81 @@
+"""One encoder, two queues: texts that somebody waits for go before the catalogue's."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from models.errors import EncoderError
+
+Floats = npt.NDArray[np.float32]
+Encode = Callable[[Sequence[str]], Floats]
+
+
+@dataclass(slots=True)
+class _Job:
+    texts: Sequence[str]
+    done: asyncio.Future[Floats]
+
+
+class EncodeQueue:
+    """Runs ``encode`` in one thread. Urgent texts that wait together share a batch; a batch is never interrupted."""
+
+    def __init__(self, encode: Encode, batch_texts: int) -> None:
+        self._encode = encode
+        self._batch_texts = batch_texts
+        self._urgent: deque[_Job] = deque()
+        self._patient: deque[_Job] = deque()
+        self._wake = asyncio.Event()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="encode")
+
+    async def encode(self, texts: Sequence[str], *, urgent: bool) -> Floats:
+        """Return the encodings of ``texts``, float32 [n, B]. At most a batch of them, where they are not urgent.
+
+        Raises EncoderError as the encoder does.
+        """
+        job = _Job(texts, asyncio.get_running_loop().create_future())
+        (self._urgent if urgent else self._patient).append(job)
+        self._wake.set()
+        return await job.done
+
+    async def run(self) -> None:
+        """Encode until cancelled."""
+        loop = asyncio.get_running_loop()
+        try:
+            while True:
+                jobs = self._next()
+                if not jobs:
+                    self._wake.clear()
+                    await self._wake.wait()
+                    continue
+                texts = [text for job in jobs for text in job.texts]
+                try:
+                    encoded = await loop.run_in_executor(self._thread, self._encode, texts)
+                except EncoderError as error:
+                    for job in jobs:
+                        if not job.done.done():
+                            job.done.set_exception(error)
+                    continue
+                start = 0
+                for job in jobs:
+                    if not job.done.done():
+                        job.done.set_result(encoded[start : start + len(job.texts)])
+                    start += len(job.texts)
+        finally:
+            for job in (*self._urgent, *self._patient):
+                job.done.cancel()
+            self._thread.shutdown(wait=True, cancel_futures=True)
+
+    def _next(self) -> list[_Job]:
+        if not self._urgent:
+            return [self._patient.popleft()] if self._patient else []
+        jobs = [self._urgent.popleft()]
+        while self._urgent and sum(len(j.texts) for j in jobs) < self._batch_texts:
+            jobs.append(self._urgent.popleft())
+        return jobs

@@ -1,0 +1,143 @@
+"""The worker's side of query and profile encoding: bounded in time, cached, never an error for a slate."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+import structlog
+
+from models.bootstrap import Space
+from models.encoder import VectorCache
+from streams import query_protocol
+from streams.query_protocol import Answer, Ask
+
+log = structlog.get_logger(__name__)
+
+RETRY_SECONDS: Final = 1.0
+MAX_WAITING: Final = 1_000
+MIN_CACHE_TEXTS: Final = 1_000
+"""Answers pass through the cache, so it must hold those of one call."""
+
+Floats = npt.NDArray[np.float32]
+
+
+class QueryEncoderClient:
+    """Asks the encoder process for the vectors of texts, over one connection that is made again when it breaks.
+
+    A text that is not answered in time has no vector this once; a late answer is kept for the next time.
+    """
+
+    def __init__(self, folder: Path, space: Space, *, cache_texts: int = 10_000, timeout_seconds: float = 0.5) -> None:
+        self.timeouts = 0
+        """Calls that ended without an answer so far."""
+        self._folder = folder
+        self._space = space
+        self._timeout_seconds = timeout_seconds
+        self._cache = VectorCache(max(cache_texts, MIN_CACHE_TEXTS))
+        self._numbers = itertools.count()
+        self._waiting: dict[int, tuple[list[str], asyncio.Future[None]]] = {}
+        self._asked: dict[str, asyncio.Future[None]] = {}
+        self._writer: asyncio.StreamWriter | None = None
+        self._reading: asyncio.Task[None] | None = None
+        self._retry_at = 0.0
+        self._connecting = asyncio.Lock()
+
+    async def vectors(self, texts: Sequence[str], timeout_seconds: float | None = None) -> list[Floats | None]:
+        """Return the vector of each text in the space, float32 [D] unit norm, or None where it is not there in time.
+
+        Never raises for an encoder that is slow, absent or of another space.
+        """
+        missing = list(dict.fromkeys(t for t in texts if t and self._cache.get(t) is None))
+        if missing:
+            limit = self._timeout_seconds if timeout_seconds is None else timeout_seconds
+            try:
+                async with asyncio.timeout(limit):
+                    await self._ask([t for t in missing if t not in self._asked])
+                    # A caller that gives up leaves the question open: its answer still fills the cache.
+                    for answered in {id(f): f for t in missing if (f := self._asked.get(t))}.values():
+                        await asyncio.shield(answered)
+            except OSError as error:  # TimeoutError and ConnectionError are of this kind
+                self.timeouts += 1
+                log.debug("query_not_encoded", texts=len(missing), error=repr(error))
+        return [self._cache.get(t) if t else None for t in texts]
+
+    async def close(self) -> None:
+        """Close the connection; callers that wait get None."""
+        self._drop()
+        if self._reading is not None:
+            self._reading.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._reading
+
+    async def _ask(self, texts: list[str]) -> None:
+        if not texts:
+            return
+        writer = await self._connection()
+        for start in range(0, len(texts), query_protocol.MAX_TEXTS):
+            if len(self._waiting) >= MAX_WAITING:
+                raise ConnectionError(f"{MAX_WAITING} questions wait for the encoder already")
+            part = texts[start : start + query_protocol.MAX_TEXTS]
+            number = next(self._numbers)
+            answered = asyncio.get_running_loop().create_future()
+            self._waiting[number] = (part, answered)
+            self._asked.update(dict.fromkeys(part, answered))
+            writer.write(query_protocol.pack(Ask(number, part)))
+
+    async def _connection(self) -> asyncio.StreamWriter:
+        async with self._connecting:
+            if self._writer is not None:
+                return self._writer
+            now = asyncio.get_running_loop().time()
+            if now < self._retry_at:
+                raise ConnectionError("the encoder was not there a moment ago")
+            self._retry_at = now + RETRY_SECONDS
+            path = query_protocol.read_address(self._folder)
+            reader, self._writer = await asyncio.open_unix_connection(path)
+            self._reading = asyncio.create_task(self._read(reader), name="query-answers")
+            return self._writer
+
+    async def _read(self, reader: asyncio.StreamReader) -> None:
+        try:
+            while True:
+                self._take(await query_protocol.read(reader, Answer))
+        except (asyncio.IncompleteReadError, OSError, ValueError) as error:
+            log.info("encoder_connection_lost", error=repr(error))
+        finally:
+            self._drop()
+
+    def _take(self, answer: Answer) -> None:
+        texts, done = self._waiting.pop(answer.number, ([], None))
+        if done is None:
+            return
+        self._forget(texts)
+        expected_bytes = 4 * len(texts) * self._space.base_dim
+        if answer.error or answer.encoder_id != self._space.encoder_id or len(answer.vectors) != expected_bytes:
+            log.warning("query_refused", error=answer.error or f"encoded by {answer.encoder_id}")
+        else:
+            base = np.frombuffer(answer.vectors, "<f4").reshape(len(texts), self._space.base_dim)
+            for text, vector in zip(texts, self._space.vectors(base), strict=True):
+                self._cache.put(text, vector.copy())
+        if not done.done():
+            done.set_result(None)
+
+    def _drop(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+        for _, done in self._waiting.values():
+            if not done.done():
+                done.set_exception(ConnectionError("the encoder process closed the connection"))
+                done.exception()  # somebody may have given up waiting: it is not an error that nobody saw
+        self._waiting.clear()
+        self._asked.clear()
+
+    def _forget(self, texts: Sequence[str]) -> None:
+        for text in texts:
+            self._asked.pop(text, None)
