@@ -25,6 +25,8 @@ SOURCES: Final = (*TASTES, "popular", "candidates")
 POPULAR: Final = len(TASTES)
 GIVEN: Final = POPULAR + 1
 MAX_COLUMNS: Final = 1 << 16
+NEWEST_STRENGTH: Final = 0.1
+"""Popularity of the newest item without clicks, where 1 is that of the most clicked one."""
 
 
 class Wish(Protocol):
@@ -82,21 +84,30 @@ class Popular:
     """The most popular servable items at one moment.
 
     ``rows`` int32 [n], best first; the first ``counted`` have clicks, the rest are the newest items.
-    ``ctr`` float32 [n]: their smoothed CTR. ``strength`` float32 [items]: log-scaled decayed clicks by row, 1 for the
-    strongest, 0 for most.
+    ``ctr`` float32 [n]: their smoothed CTR. ``strength`` float32 [items], by row: log-scaled decayed clicks, 1 for the
+    strongest; a little for the newest items, so that they come first where nothing else speaks; 0 for most.
+    ``has_clicks`` bool [items].
     """
 
     rows: I32
     counted: int
     ctr: F32
     strength: F32
+    has_clicks: Bools
+
+    def is_trending(self, rows: I32) -> Bools:
+        """Tell which rows have clicks in this list, bool of their shape."""
+        inside = (rows >= 0) & (rows < len(self.has_clicks))
+        found = np.zeros(rows.shape, np.bool_)
+        found[inside] = self.has_clicks[rows[inside]]
+        return found
 
     def strength_of(self, rows: I32) -> F32:
         """Return the strength of any rows, float32 of their shape; 0 for padding and for items newer than this list."""
-        if not len(self.strength):
-            return np.zeros(rows.shape, np.float32)
         inside = (rows >= 0) & (rows < len(self.strength))
-        return np.where(inside, self.strength[np.where(inside, rows, 0)], np.float32(0))
+        found = np.zeros(rows.shape, np.float32)
+        found[inside] = self.strength[rows[inside]]
+        return found
 
 
 @dataclass(slots=True)
@@ -114,7 +125,8 @@ class Pool:
 
 def no_popular() -> Popular:
     """Return the list of a recommender that was never refreshed."""
-    return Popular(np.zeros(0, np.int32), 0, np.zeros(0, np.float32), np.zeros(0, np.float32))
+    nothing = np.zeros(0, np.float32)
+    return Popular(np.zeros(0, np.int32), 0, nothing, nothing, np.zeros(0, np.bool_))
 
 
 def popular_items(items: Catalogue, counters: ItemCounters, n: int, now_ms: int, half_life_index: int) -> Popular:
@@ -142,9 +154,12 @@ def popular_items(items: Catalogue, counters: ItemCounters, n: int, now_ms: int,
         edge = np.partition(published, len(others) - wanted)[len(others) - wanted]
         others = others[published >= edge]
     newest = others[np.lexsort((others, -items.published_at_ms[others]))][: max(wanted, 0)]
+    strength[newest] = np.linspace(NEWEST_STRENGTH, 0.0, len(newest), endpoint=False)
+    has_clicks = np.zeros(n_items, np.bool_)
+    has_clicks[top] = True
     rows = np.concatenate([top, newest])
     ctr = clip_ctr(counters.smoothed_ctr(rows, now_ms, half_life_index))
-    return Popular(rows, len(top), ctr, strength)
+    return Popular(rows, len(top), ctr, strength, has_clicks)
 
 
 def search_tastes(index: VectorIndex, tastes: F32, active: Bools, per_taste: int) -> I32:

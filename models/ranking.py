@@ -150,7 +150,9 @@ def past_of(reader: UserReader, states: UserRows, index: ItemIndex, now_ms: int,
 
 def is_refused(codes: npt.NDArray[np.uint8]) -> Bools:
     """Tell which recent actions say that the user does not want the item: hide, dislike, a low rating."""
-    return np.isin(codes & ACTION_MASK, UNWANTED_ACTIONS) | ((codes & NEGATIVE) != 0)
+    refused: Bools = np.isin(codes & ACTION_MASK, UNWANTED_ACTIONS)
+    refused |= (codes & NEGATIVE) != 0
+    return refused
 
 
 def unit(vector: F32) -> F32:
@@ -165,12 +167,14 @@ def scale_tastes(vectors: F32, full_norm: float) -> F32:
     A user vector's norm is its evidence: it grows with each click and decays with time.
     """
     norms = np.linalg.norm(vectors, axis=-1, keepdims=True)
-    return (vectors / np.maximum(norms, full_norm)).astype(np.float32, copy=False)
+    scaled: F32 = (vectors / np.maximum(norms, full_norm)).astype(np.float32, copy=False)
+    return scaled
 
 
 def similarity(item_vectors: F32, tastes: F32) -> F32:
     """Return dot products of items [B, C, D] with tastes [B, V, D], float32 [B, C, V]."""
-    return np.matmul(item_vectors, tastes.transpose(0, 2, 1))
+    products: F32 = np.matmul(item_vectors, tastes.transpose(0, 2, 1))
+    return products
 
 
 def is_in(rows: I32, sets: I32) -> Bools:
@@ -196,7 +200,7 @@ def score(features: Features, config: RankingConfig) -> F32:
     score = Σ_v w_v·sim_v + w_ctr·logit(ctr) + w_pop·popularity − penalty·times shown lately.
     """
     ctr = clip_ctr(features.ctr)
-    total = features.similarity @ config.taste_weights()
+    total: F32 = features.similarity @ config.taste_weights()
     total += np.float32(config.ctr_weight) * np.log(ctr / (1 - ctr))
     total += np.float32(config.popularity_weight) * features.popularity
     total -= np.float32(config.shown_penalty) * features.shown_counts

@@ -177,7 +177,7 @@ class Recommender:
         self._counters = counters
         self._vector_index = vector_index
         self._users = users if users is not None else user_state
-        self._on_stage = on_stage or _no_stage
+        self.on_stage = on_stage or _no_stage
         self._popular = no_popular()
         self._refreshed_at_ms: int | None = None
         self.fallbacks_without_past = 0
@@ -277,17 +277,17 @@ class Recommender:
             found = search_tastes(self._vector_index, tastes, active, max(1, width // 2))
             pool = merge(found, active, self._popular.rows, width, refuse)
             self._complete(pool, ks, tastes, active, refuse, now_ms)
-        self._on_stage("retrieve")
+        self.on_stage("retrieve")
         features = self._gather(pool, tastes, past, now_ms)
-        self._on_stage("gather")
+        self.on_stage("gather")
         scores = score(features, ranking)
         if given:
             scores -= is_in(pool.rows, past.unwanted) * UNWANTED_PENALTY
         columns, counts = top_k(scores, pool.rows, pool.valid, int(ks.max(initial=0)))
-        self._on_stage("score")
+        self.on_stage("score")
         winners = self._winners(pool, features, scores, columns, np.minimum(counts, ks), past, active)
         items = assemble(winners, self._catalogue)
-        self._on_stage("assemble")
+        self.on_stage("assemble")
         return items
 
     def _tastes(self, states: UserRows, batch: Sequence[SlateRequest], now_ms: int) -> tuple[F32, Bools]:
@@ -379,7 +379,7 @@ class Recommender:
             sources=np.take_along_axis(pool.sources, columns, axis=1),
             scores=np.take_along_axis(scores, columns, axis=1),
             ctr=np.take_along_axis(features.ctr, columns, axis=1),
-            trending=np.take_along_axis(features.popularity, columns, axis=1) > 0,
+            trending=self._popular.is_trending(rows),
             nearest=np.where(near >= 0, np.take_along_axis(past.liked, place, axis=1), -1).astype(np.int32),
             actions=np.take_along_axis(past.actions, place, axis=1),
             asked=np.where(active[:, QUERY], QUERY, np.where(active[:, PROFILE], PROFILE, -1)).astype(np.int8),
