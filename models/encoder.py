@@ -59,12 +59,13 @@ class EncoderConfig(BaseModel):
 
 
 def item_text(item: Item) -> str:
-    """Return the text that stands for an item: its title and text; its terms too where it has no text.
+    """Return the text that stands for an item: title and text; its terms only where it has neither.
 
-    "" where nothing says what the item is.
+    Terms beside a title make it worse: on MIND's real impressions the mean of the history has AUC 0.625 with titles
+    and 0.613 with titles, category and subcategory. "" where nothing says what the item is.
     """
     parts = [item.title.strip(), (item.text or "").strip()]
-    if not parts[1]:
+    if not any(parts):
         parts.append(", ".join([*(item.categories or ()), *(item.tags or ()), *(item.entities or ())]))
     return ". ".join(p for p in parts if p)[:TEXT_CHARACTERS]
 

@@ -283,8 +283,8 @@ def _session_ms(settings: Settings) -> int:
 
 async def _watch_parent(parent_pid: int) -> None:
     # Linux tells us itself (die_with_parent); elsewhere somebody has to look.
-    while not is_orphan(parent_pid):
-        await asyncio.sleep(1.0)  # noqa: ASYNC110 - there is no event for it
+    while not is_orphan(parent_pid):  # noqa: ASYNC110 - the parent's death is no event here
+        await asyncio.sleep(1.0)
     os.kill(os.getpid(), signal.SIGTERM)
 
 
@@ -321,11 +321,11 @@ def main() -> int:
         )
         asyncio.run(_until_signal(run(settings, encoder)))
     except (MillstreamError, BaseExceptionGroup) as raised:
-        error = _first(raised)
-        if not isinstance(error, MillstreamError):
+        cause = _first(raised)
+        if not isinstance(cause, MillstreamError):
             raise
-        log.error("encoder_process_ended", error=str(error), kind=type(error).__name__)
-        return exit_code(error)
+        log.error("encoder_process_ended", error=str(cause), kind=type(cause).__name__)
+        return exit_code(cause)
     return ExitCode.STOPPED
 
 
