@@ -120,6 +120,21 @@ def encode_rows(rows: Rows) -> list[bytes]:
     return [raw[at : at + ROW_BYTES].rstrip(b"\0") for at in range(0, len(raw), ROW_BYTES)]
 
 
+def byte_account() -> str:
+    """Return the layout as a Markdown table: first byte, bytes, name, type, meaning."""
+    lines = ["| from | bytes | field | type | what it holds |", "|---:|---:|---|---|---|"]
+    at = 0
+    for name, kind, shape, meaning in FIELDS:
+        size = np.dtype((kind, shape)).itemsize
+        entry = np.dtype(kind)
+        type_name = f"{entry.itemsize}-byte entry" if entry.names else entry.name
+        times = "".join(f" × {n}" for n in shape)
+        lines.append(f"| {at} | {size} | `{name}` | {type_name}{times} | {meaning} |")
+        at += size
+    lines.append(f"| | {at} | | | |")
+    return "\n".join(lines)
+
+
 def guard_of(value: bytes) -> tuple[int, int]:
     """Return the guard of a stored value: log epoch and last offset seen, (0, -1) for an empty row."""
     epoch, held = struct.unpack_from("<Qq", value[:_GUARD_END].ljust(_GUARD_END, b"\0"), _GUARD_START)
@@ -150,7 +165,7 @@ def is_marker(rows: Rows) -> npt.NDArray[np.bool_]:
 
 
 def is_idle(rows: Rows, now_ms: int, days: float) -> npt.NDArray[np.bool_]:
-    """Tell which rows had no event for ``days`` before ``now_ms``, bool [n]; never an empty row."""
+    """Tell which rows had no event for ``days`` before ``now_ms``, bool [n]; markers too, never an empty row."""
     return (rows["offset"] > 0) & (rows["last_time_ms"] < now_ms - days * 86_400_000.0)
 
 

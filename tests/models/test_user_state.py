@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -35,6 +36,7 @@ from tests.models.user_state_logs import (
 )
 from tests.models.user_state_reference import ReferenceRow, World
 
+Vector = npt.NDArray[np.float32]
 EPOCH, SPACE, GENERATION = 11, 22, 3
 SURFACES = ("front", "mail")
 HALF = ItemVectors(range(0, 30, 2))
@@ -70,11 +72,11 @@ def one_by_one(rows: Rows, events: list[UserEvent], vectors: VectorSource = ALL)
     return rows
 
 
-def cosine(a: np.ndarray, b: np.ndarray) -> float:  # type: ignore[type-arg]
+def cosine(a: Vector, b: Vector) -> float:
     return float(a @ b / (np.linalg.norm(a) * np.linalg.norm(b)))
 
 
-def vector(item: int) -> np.ndarray:  # type: ignore[type-arg]
+def vector(item: int) -> Vector:
     return ALL.by_full[hash64(str(item))]
 
 
