@@ -211,10 +211,14 @@ class KafkaNode:
         """Return the running process, or None. A pid that now belongs to another program is not ours."""
         try:
             process = psutil.Process(int((self.folder / "pid").read_text("utf-8")))
-            ours = str(self.properties) in process.cmdline() and process.status() != psutil.STATUS_ZOMBIE
+            # A child of ours may not show its command line yet.
+            ours = self._is_child(process.pid) or str(self.properties) in process.cmdline()
+            return process if ours and process.status() != psutil.STATUS_ZOMBIE else None
         except (FileNotFoundError, ValueError, psutil.Error):
             return None
-        return process if ours else None
+
+    def _is_child(self, pid: int) -> bool:
+        return self._process is not None and self._process.pid == pid and self._process.poll() is None
 
     def stop(self, limit_seconds: float = STOP_SECONDS) -> bool:
         """End this node's process by SIGTERM, by SIGKILL after the limit; returns whether one was running."""

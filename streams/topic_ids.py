@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterable
 from io import BytesIO
 from typing import Any
@@ -143,14 +144,7 @@ def epoch(topic_id: UUID) -> int:
 async def _ask(client: AIOKafkaClient, names: list[str]) -> dict[str, UUID]:
     if not names:
         return {}
-    try:
-        answer = await client.send(client.get_random_node(), _TopicIdsRequest(names))
-    except (NotImplementedError, IncompatibleBrokerVersion) as error:
-        raise LayoutError(["the brokers are older than Kafka 2.8: topics have no ids there"]) from error
-    except (KafkaError, OSError, TimeoutError) as error:
-        raise BrokerUnavailable(
-            f"the topic ids could not be read: {error!r}; nothing was changed, try again"
-        ) from error
+    answer = await _send(client, names)
     found: dict[str, UUID] = {}
     wrong: list[str] = []
     for topic in answer.to_object()["topics"]:
@@ -166,3 +160,17 @@ async def _ask(client: AIOKafkaClient, names: list[str]) -> dict[str, UUID]:
     if wrong:
         raise LayoutError(wrong)
     return found
+
+
+async def _send(client: AIOKafkaClient, names: list[str]) -> Any:
+    """Return the answer of the first broker that gives one: of three, one may be down."""
+    brokers = [broker.nodeId for broker in client.cluster.brokers()]
+    refused: Exception | None = None
+    for broker in random.sample(brokers, len(brokers)):
+        try:
+            return await client.send(broker, _TopicIdsRequest(names))
+        except (NotImplementedError, IncompatibleBrokerVersion) as error:
+            raise LayoutError(["the brokers are older than Kafka 2.8: topics have no ids there"]) from error
+        except (KafkaError, OSError, TimeoutError) as error:
+            refused = error
+    raise BrokerUnavailable(f"no broker gives the topic ids: {refused!r}; nothing was changed, try again") from refused

@@ -243,6 +243,8 @@ async def check(settings: Settings) -> list[Difference]:
                 found.append(Difference(shape.name, MISSING, "there", "not there", True, how))
                 continue
             topic = metadata[shape.name]
+            if topic["error_code"]:
+                raise for_code(topic["error_code"])(f"{shape.name}: the brokers do not agree on it yet")
             differences = _compare(settings, shape, topic["partitions"], configs[shape.name])
             if differences:
                 is_empty = await _is_empty(settings, shape.name, len(topic["partitions"]))

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 from aiokafka import AIOKafkaProducer
 from aiokafka.admin import NewTopic
@@ -12,7 +17,7 @@ from streams.kafka_clients import new_admin
 from streams.settings import Settings
 from streams.topic_ids import epoch, topic_ids
 from streams.topics import TopicNames
-from tests.integration.conftest import SettingsWith, delete_topics, read_topic
+from tests.integration.conftest import SettingsWith, delete_topics, environment, read_topic
 
 pytestmark = pytest.mark.integration
 
@@ -106,3 +111,26 @@ async def test_ids_of_several_topics_come_in_one_answer(settings: Settings) -> N
     names = TopicNames.of(settings).all()
     ids = await topic_ids(settings, names)
     assert len(set(ids.values())) == len(names) == 12
+
+
+def run_command(settings: Settings, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "millstream", *arguments]
+    return subprocess.run(
+        command, env=environment(settings, folder), cwd=folder, capture_output=True, text=True, timeout=60, check=False
+    )
+
+
+def test_the_command_creates_and_then_finds_nothing_wrong(settings_with: SettingsWith, tmp_path: Path) -> None:
+    settings = settings_with()
+    created = run_command(settings, tmp_path, "topics", "create")
+    checked = run_command(settings, tmp_path, "topics", "check")
+    asyncio.run(delete_topics(settings))
+    assert "12 topics created, 0 were there" in created.stdout
+    assert (checked.returncode, checked.stdout) == (0, "all topics are as they must be\n")
+
+
+def test_the_check_command_fails_and_names_the_missing_topics(settings_with: SettingsWith, tmp_path: Path) -> None:
+    settings = settings_with()
+    checked = run_command(settings, tmp_path, "topics", "check")
+    assert checked.returncode == 1
+    assert f"wrong: {TopicNames.of(settings).events}: does not exist" in checked.stdout
