@@ -59,7 +59,11 @@ class Metrics:
             "millstream_batch_events", "Events in a micro-batch.", buckets=BATCH_BUCKETS, registry=registry
         )
         self.stage = Histogram(
-            "millstream_stage_seconds", "Time of one micro-batch by stage.", ["stage"], STAGE_BUCKETS, registry=registry
+            "millstream_stage_seconds",
+            "Time of one micro-batch by stage.",
+            ["stage"],
+            buckets=STAGE_BUCKETS,
+            registry=registry,
         )
         for stage in ("decode", "update", "retrieve", "rank", "send"):
             self.stage.labels(stage)
@@ -101,10 +105,16 @@ class Metrics:
             "millstream_foreign_rows", "Rows written again after a write of a former owner.", registry=registry
         )
         self.evicted_rows = Counter(
-            "millstream_evicted_rows", "Idle rows replaced by a marker, and markers removed.", ["what"], registry=registry
+            "millstream_evicted_rows",
+            "Idle rows replaced by a marker, and markers removed.",
+            ["what"],
+            registry=registry,
         )
         self.encoder_requests = Counter(
-            "millstream_encoder_requests", "Texts asked of the encoder process, by outcome.", ["outcome"], registry=registry
+            "millstream_encoder_requests",
+            "Texts asked of the encoder process, by outcome.",
+            ["outcome"],
+            registry=registry,
         )
         self.rebalances = Counter("millstream_rebalances", "Group generations joined.", registry=registry)
         self.ready = Gauge("millstream_ready", "1 when events are being processed.", registry=registry)

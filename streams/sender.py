@@ -60,11 +60,11 @@ class Sender:
                 batch = self._producer.create_batch()
                 count = 0
                 for key, value, headers in records:
-                    if batch.append(timestamp=None, key=key, value=value, headers=headers) is None:
+                    if batch.append(timestamp=None, key=key, value=value, headers=list(headers)) is None:
                         future = await self._producer.send_batch(batch, topic, partition=partition)
                         waiting.append((topic, partition, count, future))
                         batch, count = self._producer.create_batch(), 0
-                        if batch.append(timestamp=None, key=key, value=value, headers=headers) is None:
+                        if batch.append(timestamp=None, key=key, value=value, headers=list(headers)) is None:
                             size = len(key or b"") + len(value or b"")
                             raise DeliveryError(f"a record of {size} bytes for {topic} is larger than a batch may be")
                     count += 1

@@ -51,6 +51,12 @@ class UserStore(Store[bytes, bytes]):
     def reset_state(self) -> None:
         """Do nothing: there is no state on disk."""
 
+    async def backup_partition(self, tp: TP | int, flush: bool = True, purge: bool = False, keep: int = 1) -> None:
+        """Do nothing: the changelog is the backup."""
+
+    def restore_backup(self, tp: TP | int, latest: bool = True, backup_id: int = 0) -> None:
+        """Do nothing: the changelog is the backup."""
+
     def apply_changelog_batch(
         self, batch: Iterable[Any], to_key: Callable[[Any], Any], to_value: Callable[[Any], Any]
     ) -> None:
@@ -101,23 +107,24 @@ class UserTable(faust.tables.Table):  # type: ignore[misc]
         )
 
 
-def _keep_newest(rows: dict[bytes, bytes], key: bytes | None, value: bytes | None) -> None:
-    """Apply one changelog record, unless the row held has seen more of the same log.
+def _keep_newest(rows: dict[bytes, bytes], key: bytes | None, value: bytes | None) -> bool:
+    """Apply one changelog record, unless the row held has seen more of the same log; returns whether it was applied.
 
     A zombie's late write is the one case in which the later record is the older state.
     """
     if key is None:
-        return
+        return True
     if value is None:
         rows.pop(key, None)
-        return
+        return True
     held = rows.get(key)
     if held is not None:
         held_epoch, held_offset = guard_of(held)
         epoch, offset = guard_of(value)
         if epoch == held_epoch and offset < held_offset:
-            return
+            return False
     rows[key] = value
+    return True
 
 
 @dataclass(slots=True)
@@ -141,6 +148,7 @@ class UserRows:
         self._store = store
         self.changelog_topic = changelog_topic
         self._tails: dict[int, _Tail] = {}
+        self._superseded: list[tuple[int, bytes]] = []
         self.row_bytes: dict[int, int] = {}
 
     @property
@@ -192,6 +200,20 @@ class UserRows:
             self.row_bytes.pop(partition, None)
             self._store.drop(partition)
 
+    async def keep_current(self, partitions: set[int]) -> set[int]:
+        """Keep, of the rows held, those of ``partitions`` whose changelog nobody else has written since; drop the rest.
+
+        A partition that comes back after a generation in which another worker owned it has a longer changelog than
+        this process knows: its rows are out of date. Returns the partitions dropped for that reason.
+        """
+        self.drop(set(self._tails) - partitions)
+        if not self._tails:
+            return set()
+        ends = await self._end_offsets(self._tails)
+        stale = {p for p, tail in self._tails.items() if ends[p] != tail.next_offset}
+        self.drop(stale)
+        return stale
+
     async def recover(self, partitions: Iterable[int]) -> int:
         """Read the changelog of newly assigned partitions to its end; returns the number of records read.
 
@@ -208,7 +230,8 @@ class UserRows:
         async for partition, records in self._read(wanted, ends):
             rows = loaded[partition]
             for record in records:
-                _keep_newest(rows, record.key, record.value)
+                if not _keep_newest(rows, record.key, record.value):
+                    self._superseded.append((partition, record.key))
             count += len(records)
         for partition in wanted:
             self._store.partitions[partition] = loaded[partition]
@@ -220,27 +243,22 @@ class UserRows:
 
     async def foreign_rows(self) -> list[tuple[int, bytes]]:
         """Return (partition, key) of rows that somebody else wrote since the last call; they must be written again."""
-        consumer = new_consumer(self._settings)
-        await consumer.start()
-        try:
-            tps = {p: TopicPartition(self.changelog_topic, p) for p in self._tails}
-            ends = await consumer.end_offsets(list(tps.values())) if tps else {}
-        finally:
-            await consumer.stop()
+        ends = await self._end_offsets(self._tails)
         ranges: dict[int, list[tuple[int, int]]] = {}
         for partition, tail in self._tails.items():
             # No batch is in flight while this runs (the agent calls it between two), so an end
             # beyond the last acknowledged offset was not written by this process.
-            end = ends.get(tps[partition], 0)
+            end = ends.get(partition, 0)
             if end > tail.next_offset:
                 tail.foreign.append((tail.next_offset, end))
                 tail.next_offset = end
             if tail.foreign:
                 ranges[partition] = tail.foreign
                 tail.foreign = []
+        found = {(p, key) for p, key in self._superseded if p in self._tails}
+        self._superseded.clear()
         if not ranges:
-            return []
-        found: set[tuple[int, bytes]] = set()
+            return sorted(found)
         async for partition, records in self._read(ranges, {}, {p: r[0][0] for p, r in ranges.items()}):
             for record in records:
                 inside = any(low <= record.offset < high for low, high in ranges[partition])
@@ -248,6 +266,17 @@ class UserRows:
                     found.add((partition, record.key))
         log.warning("foreign_changelog_writes", rows=len(found), ranges=ranges)
         return sorted(found)
+
+    async def _end_offsets(self, partitions: Iterable[int]) -> dict[int, int]:
+        tps = [TopicPartition(self.changelog_topic, p) for p in partitions]
+        if not tps:
+            return {}
+        consumer = new_consumer(self._settings)
+        await consumer.start()
+        try:
+            return {tp.partition: end for tp, end in (await consumer.end_offsets(tps)).items()}
+        finally:
+            await consumer.stop()
 
     async def _read(
         self, partitions: Iterable[int], ends: dict[int, int], starts: dict[int, int] | None = None

@@ -1,0 +1,211 @@
+"""What a worker does besides events: watchdog, gauges, repair after a zombie, eviction of idle rows.
+
+Everything that writes runs between two batches, called by the agent: the table has one writer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterator
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+import structlog
+
+from models.errors import MillstreamError, RecordError
+from models.user_row import decode_rows, encode_rows, is_idle, is_marker, markers
+from streams.exit_codes import ExitCode
+from streams.sender import Outbox
+
+if TYPE_CHECKING:
+    from streams.worker import Worker
+
+log = structlog.get_logger(__name__)
+
+REPAIR_SECONDS = 5.0
+EVICTION_SECONDS = 10.0
+EVICTION_ROWS = 2_000
+"""Rows looked at in one step: about 5 ms."""
+RECALL_SECONDS = 60.0
+RECALL_QUERIES = 16
+REPORT_SECONDS = 1.0
+WATCH_SECONDS = 1.0
+
+
+class CommitWatch:
+    """Tells how long a partition's commits have stood still behind what was read. Pure: offsets and times in."""
+
+    def __init__(self) -> None:
+        self._stands: dict[int, tuple[int, float]] = {}
+
+    def oldest_seconds(self, read: dict[int, int], committed: dict[int, int], now: float) -> float:
+        """Return for how long the worst partition has had read events that are not committed, without progress.
+
+        ``read`` and ``committed`` map partitions to the next offset to read and to the committed one.
+        """
+        worst = 0.0
+        for partition, next_offset in read.items():
+            done = committed.get(partition, -1)
+            held = self._stands.get(partition)
+            if done >= next_offset or held is None or held[0] != done:
+                self._stands[partition] = (done, now)
+            elif next_offset > done:
+                worst = max(worst, now - held[1])
+        for partition in [p for p in self._stands if p not in read]:
+            del self._stands[partition]
+        return worst
+
+
+class Maintenance:
+    """The worker's housekeeping."""
+
+    def __init__(self, worker: Worker) -> None:
+        self._worker = worker
+        self._repaired_at = time.monotonic()
+        self._evicted_at = time.monotonic()
+        self._recall_at = time.monotonic()
+        self._recall_turn = 0
+        self._scan: Iterator[tuple[int, bytes]] | None = None
+        self._letters: list[tuple[Any, MillstreamError]] = []
+        self.event_time_ms = 0
+        """Newest event time processed: the clock by which rows of an imported log are idle."""
+
+    async def between_batches(self) -> None:
+        """Do what is due; called by the agent when no batch is in work."""
+        worker = self._worker
+        letters = worker.take_mirror_letters()
+        now = time.monotonic()
+        outbox = Outbox()
+        if letters:
+            self._stage_letters(outbox, letters)
+        if now - self._repaired_at > REPAIR_SECONDS:
+            self._repaired_at = now
+            await self._repair(outbox)
+        puts: list[tuple[int, bytes, bytes | None]] = []
+        if now - self._evicted_at > EVICTION_SECONDS:
+            if self._scan is None:
+                self._evicted_at = now
+                self._scan = self._keys()
+            puts = self._evict(outbox)
+        if len(outbox):
+            await worker.write(outbox, worker.app.consumer_generation_id)
+            for partition, key, value in puts:
+                worker.rows.put(partition, key, value)
+        if now - self._recall_at > RECALL_SECONDS:
+            self._recall_at = now
+            await self._check_recall()
+
+    def _stage_letters(self, outbox: Outbox, letters: list[tuple[Any, MillstreamError]]) -> None:
+        worker = self._worker
+        for record, error in letters:
+            if isinstance(error, RecordError):
+                worker.letters.add(outbox, record, error, refused_at_ms=time.time_ns() // 1_000_000)
+                worker.metrics.dead_letters.labels(record.topic.split(".")[-2], error.reason).inc()
+                log.warning("record_refused", topic=record.topic, offset=record.offset, reason=error.reason)
+
+    async def _repair(self, outbox: Outbox) -> None:
+        worker = self._worker
+        for partition, key in await worker.rows.foreign_rows():
+            row = worker.rows.get(partition, key)
+            worker.rows.stage(outbox, partition, key, row)
+            worker.metrics.foreign_rows.inc()
+
+    def _keys(self) -> Iterator[tuple[int, bytes]]:
+        for partition in sorted(self._worker.rows.partitions):
+            if partition in self._worker.rows.partitions:
+                for key in list(self._worker.rows.rows_of(partition)):
+                    yield partition, key
+
+    def _evict(self, outbox: Outbox) -> list[tuple[int, bytes, bytes | None]]:
+        """Look at the next rows: an idle one becomes a marker, a marker older than the events topic goes."""
+        worker = self._worker
+        assert self._scan is not None
+        owned = worker.rows.partitions
+        keys = [(p, k) for p, k in islice(self._scan, EVICTION_ROWS) if p in owned]
+        if not keys:
+            self._scan = None
+            return []
+        values = [worker.rows.get(p, k) for p, k in keys]
+        rows = decode_rows(values)
+        settings = worker.settings
+        live = settings.events.clock.policy == "live"
+        now_ms = time.time_ns() // 1_000_000 if live else self.event_time_ms
+        idle = is_idle(rows, now_ms, settings.worker.idle_eviction_days)
+        marked = is_marker(rows)
+        # A marker holds the guard for as long as an old event could still be read, and a day more.
+        gone = marked & is_idle(
+            rows, now_ms, settings.worker.idle_eviction_days + settings.topics.events_retention_hours / 24 + 1
+        )
+        puts: list[tuple[int, bytes, bytes | None]] = []
+        fresh = (idle & ~marked).nonzero()[0].tolist()
+        for place, marker in zip(fresh, encode_rows(markers(rows[fresh])), strict=True):
+            puts.append((*keys[place], marker))
+        puts += [(*keys[place], None) for place in gone.nonzero()[0].tolist()]
+        for partition, key, value in puts:
+            worker.rows.stage(outbox, partition, key, value)
+            worker.metrics.evicted_rows.labels("marker" if value is None else "row").inc()
+        return puts
+
+    async def _check_recall(self) -> None:
+        worker = self._worker
+        recall = await worker.state.run(self._recall)
+        if recall is not None:
+            worker.metrics.index_recall.set(recall)
+
+    def _recall(self) -> float | None:
+        """Search the index for some of its own items and compare with exact search."""
+        worker = self._worker
+        rows = worker.catalogue.servable_rows(time.time_ns() // 1_000_000)
+        if not len(rows):
+            return None
+        self._recall_turn += 1
+        step = max(1, len(rows) // RECALL_QUERIES)
+        sample = rows[self._recall_turn % step :: step][:RECALL_QUERIES]
+        vectors, has = worker.catalogue.vectors_of(sample)
+        return worker.model.vector_index.recall(vectors[has]) if has.any() else None
+
+    async def watch_commits(self) -> None:
+        """End the process when events were read but not committed for too long."""
+        watch = CommitWatch()
+        worker = self._worker
+        while True:
+            await asyncio.sleep(WATCH_SECONDS)
+            consumer = worker.app.consumer
+            if worker.app.rebalancing or not worker.is_ready:
+                watch = CommitWatch()
+                continue
+            topic = worker.names.events
+            read = {tp.partition: o + 1 for tp, o in consumer._read_offset.items() if tp.topic == topic and o}
+            done = {tp.partition: o for tp, o in consumer._committed_offset.items() if tp.topic == topic and o}
+            age = watch.oldest_seconds(read, done, time.monotonic())
+            worker.metrics.commit_age.set(age)
+            if age > worker.settings.worker.stuck_commit_seconds:
+                log.error("commits_stand_still", seconds=round(age), read=read, committed=done)
+                if not worker.failure.done():
+                    worker.failure.set_result(ExitCode.STUCK)
+                return
+
+    async def report(self) -> None:
+        """Keep the gauges current."""
+        worker = self._worker
+        metrics = worker.metrics
+        while True:
+            await asyncio.sleep(REPORT_SECONDS)
+            metrics.ready.set(1 if worker.is_ready else 0)
+            partitions = worker.rows.partitions
+            metrics.table_rows.set(sum(len(worker.rows.rows_of(p)) for p in partitions))
+            metrics.table_bytes.set(sum(worker.rows.row_bytes.values()))
+            metrics.index_items.set(len(worker.model.vector_index))
+            metrics.catalogue_items.set(len(worker.catalogue))
+            for mirror in worker.mirrors:
+                metrics.mirror_lag.labels(mirror.topic).set(mirror.lag)
+                metrics.mirror_staleness.labels(mirror.topic).set(mirror.staleness_seconds())
+            consumer = worker.app.consumer
+            metrics.consumer_lag.clear()
+            for tp in consumer.assignment():
+                if tp.topic == worker.names.events:
+                    end = consumer.highwater(tp)
+                    read = consumer._read_offset.get(tp)
+                    if end is not None and read is not None:
+                        metrics.consumer_lag.labels(str(tp.partition)).set(max(0, end - read - 1))

@@ -1,0 +1,23 @@
+"""A child process that does not outlive its supervisor, also when that one is killed with -9."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+
+_PR_SET_PDEATHSIG = 1
+
+
+def die_with_parent(parent_pid: int | None = None) -> None:
+    """Have the kernel end this process when its parent dies (Linux; elsewhere callers poll ``is_orphan``)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if parent_pid is not None and os.getppid() != parent_pid:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def is_orphan(parent_pid: int) -> bool:
+    """Whether the parent that started this process is gone."""
+    return os.getppid() != parent_pid

@@ -1,0 +1,322 @@
+"""One micro-batch: messages in, everything that must be written out. Runs in the state thread, sends nothing.
+
+Order: decode, rows (bisecting around an event that our code fails on), counters, slates. The caller sends the
+outbox, awaits every delivery, then calls ``commit`` and acknowledges.
+"""
+
+from __future__ import annotations
+
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+import structlog
+
+from models.catalogue import Catalogue
+from models.counters import ItemCounters
+from models.errors import RecordError
+from models.events import Action, Impression, Recommendation, Request, Trigger
+from models.hashing import recommendation_id
+from models.recommender import Recommender, Slate, SlateRequest
+from models.user_row import decode_rows, encode_rows
+from models.user_state import Outcome, apply, user_event
+from streams.decode import Decoded, Message, decode
+from streams.item_stats import count
+from streams.metrics import Metrics
+from streams.settings import Settings
+
+log = structlog.get_logger(__name__)
+
+Vector = npt.NDArray[np.float32]
+RowKey = tuple[int, bytes]
+"""(partition, user_id bytes)."""
+
+
+@dataclass(slots=True)
+class Refused:
+    """A message for the dead letters."""
+
+    message: Message
+    error: RecordError
+    traceback: str | None = None
+
+
+@dataclass(slots=True)
+class TextVectors:
+    """Encoded texts that a batch needs, by text; a missing one was not encoded in time."""
+
+    vectors: Mapping[str, Vector] = field(default_factory=dict)
+
+    def get(self, text: str | None) -> Vector | None:
+        """Return the vector of a text, None without one."""
+        return self.vectors.get(text) if text else None
+
+
+@dataclass(slots=True)
+class SentSlate:
+    """A slate to send, and when its trigger was written."""
+
+    partition: int
+    key: bytes
+    record: Recommendation
+    broker_ms: int
+    kind: str
+
+
+@dataclass(slots=True)
+class Prepared:
+    """What a micro-batch decided. Nothing of it is in the table yet."""
+
+    rows: dict[RowKey, bytes] = field(default_factory=dict)
+    slates: list[SentSlate] = field(default_factory=list)
+    refused: list[Refused] = field(default_factory=list)
+    outcomes: list[tuple[str, str]] = field(default_factory=list)
+    """(event type, outcome) for the metrics."""
+    unknown_items: int = 0
+    suppressed: int = 0
+
+
+RowReader = Callable[[int, bytes], bytes | None]
+ProfileReader = Callable[[int, str], str | None]
+
+
+def decode_batch(
+    messages: Sequence[Message],
+    settings: Settings,
+    is_known: Callable[[int, bytes], bool],
+    is_refused: Callable[[int, int], bool],
+) -> tuple[list[Decoded], list[Refused]]:
+    """Decode a batch; returns accepted events in order and the refused messages."""
+    accepted: list[Decoded] = []
+    refused: list[Refused] = []
+    for message in messages:
+        try:
+            if is_refused(message.partition, message.offset):
+                raise RecordError(
+                    "fatal-event",
+                    "the worker died on this event again and again; it was not processed. Its user's row is as before",
+                )
+            known = message.key is not None and is_known(message.partition, message.key)
+            accepted.append(decode(message, settings.events, settings.topics.partitions, is_known=known))
+        except RecordError as error:
+            refused.append(Refused(message, error))
+    return accepted, refused
+
+
+class Pipeline:
+    """Turns decoded events into rows, counter changes and slates. All calls come from the state thread."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        catalogue: Catalogue,
+        counters: ItemCounters,
+        recommender: Recommender,
+        metrics: Metrics,
+        *,
+        epoch: int,
+        space_id: int,
+        generation: int,
+        model_version: str,
+        space_name: str,
+    ) -> None:
+        self._settings = settings
+        self._catalogue = catalogue
+        self._counters = counters
+        self._recommender = recommender
+        self._metrics = metrics
+        self._epoch = epoch
+        self._space_id = space_id
+        self._generation = generation
+        self._model_version = model_version
+        self._space_name = space_name
+        default = settings.recommender.default_surface
+        self._surfaces = [default, *sorted(s for s in settings.recommender.surfaces if s != default)]
+
+    def prepare(
+        self,
+        accepted: Sequence[Decoded],
+        read_row: RowReader,
+        read_profile: ProfileReader,
+        texts: TextVectors,
+        now_ms: int,
+    ) -> Prepared:
+        """Process accepted events in order; nothing is changed but the counters, which have a guard of their own."""
+        prepared = Prepared()
+        started = time.perf_counter()
+        done: list[tuple[Decoded, Outcome]] = []
+        self._update(list(accepted), read_row, prepared, done)
+        count(self._counters, accepted)
+        updated = time.perf_counter()
+        self._metrics.stage.labels("update").observe(updated - started)
+        self._slates(done, read_row, read_profile, texts, now_ms, prepared)
+        return prepared
+
+    def _update(
+        self,
+        span: list[Decoded],
+        read_row: RowReader,
+        prepared: Prepared,
+        done: list[tuple[Decoded, Outcome]],
+    ) -> None:
+        """Update rows for ``span``; where our code fails, halve the span until one event is left."""
+        if not span:
+            return
+        try:
+            rows, outcomes = self._new_rows(span, read_row, prepared.rows)
+        except Exception as error:
+            if len(span) > 1:
+                middle = len(span) // 2
+                self._update(span[:middle], read_row, prepared, done)
+                self._update(span[middle:], read_row, prepared, done)
+                return
+            self._metrics.processing_errors.labels("update").inc()
+            only = span[0]
+            log.exception("event_failed", partition=only.partition, offset=only.offset)
+            prepared.refused.append(
+                Refused(only.message, RecordError("processing-error", repr(error)), traceback.format_exc())
+            )
+            return
+        prepared.rows.update(rows)
+        for decoded, outcome in zip(span, outcomes, strict=True):
+            kind = Outcome(outcome)
+            done.append((decoded, kind))
+            prepared.outcomes.append((decoded.kind, kind.name.lower()))
+            if isinstance(decoded.event, Action) and not self._catalogue.knows(decoded.event.item_id):
+                prepared.unknown_items += 1
+
+    def _new_rows(
+        self, span: Sequence[Decoded], read_row: RowReader, overlay: Mapping[RowKey, bytes]
+    ) -> tuple[dict[RowKey, bytes], npt.NDArray[np.int8]]:
+        places: dict[RowKey, int] = {}
+        values: list[bytes | None] = []
+        events = []
+        for decoded in span:
+            row_key = (decoded.partition, decoded.key)
+            place = places.get(row_key)
+            if place is None:
+                place = places[row_key] = len(values)
+                held = overlay.get(row_key)
+                values.append(held if held is not None else read_row(*row_key))
+            events.append(
+                user_event(
+                    decoded.event,
+                    place,
+                    decoded.offset,
+                    decoded.time_ms,
+                    self._settings.user_state,
+                    self._surfaces,
+                )
+            )
+        rows, outcomes = apply(
+            decode_rows(values),
+            events,
+            self._catalogue,
+            self._settings.user_state,
+            epoch=self._epoch,
+            space_id=self._space_id,
+            generation=self._generation,
+            surfaces=self._surfaces,
+        )
+        return dict(zip(places, encode_rows(rows), strict=True)), outcomes
+
+    def _slates(
+        self,
+        done: Sequence[tuple[Decoded, Outcome]],
+        read_row: RowReader,
+        read_profile: ProfileReader,
+        texts: TextVectors,
+        now_ms: int,
+        prepared: Prepared,
+    ) -> None:
+        triggers = self._triggers(done, now_ms, prepared)
+        if not triggers:
+            return
+        started = time.perf_counter()
+        self._recommender.refresh(now_ms)
+        places: dict[RowKey, int] = {}
+        values: list[bytes | None] = []
+        requests: list[SlateRequest] = []
+        for decoded in triggers:
+            row_key = (decoded.partition, decoded.key)
+            if row_key not in places:
+                places[row_key] = len(values)
+                values.append(prepared.rows[row_key])
+            event = decoded.event
+            profile = texts.get(read_profile(decoded.partition, event.user_id))
+            if isinstance(event, Request):
+                request = SlateRequest.of(event, places[row_key], texts.get(event.query), profile)
+                if event.query and request.query_vector is None:
+                    self._metrics.slates_degraded.labels("query-not-encoded").inc()
+            else:
+                request = SlateRequest(event.user_id, places[row_key], event.surface, profile_vector=profile)
+            requests.append(request)
+        slates = self._recommend(values, requests, now_ms)
+        for decoded, request, slate in zip(triggers, requests, slates, strict=True):
+            missing_query = request.request is not None and bool(request.request.query) and request.query_vector is None
+            prepared.slates.append(self._sent(decoded, slate, now_ms, degraded=slate.degraded or missing_query))
+        self._metrics.stage.labels("rank").observe(time.perf_counter() - started)
+
+    def _triggers(self, done: Sequence[tuple[Decoded, Outcome]], now_ms: int, prepared: Prepared) -> list[Decoded]:
+        """Return the events that get a slate: every request, and a user's last action of the batch."""
+        oldest_ms = now_ms - self._settings.worker.max_trigger_age_seconds * 1000
+        requests: list[Decoded] = []
+        actions: dict[RowKey, Decoded] = {}
+        for decoded, outcome in done:
+            if isinstance(decoded.event, Impression) or outcome is Outcome.DUPLICATE:
+                continue
+            if decoded.broker_ms < oldest_ms:
+                prepared.suppressed += 1
+            elif isinstance(decoded.event, Request):
+                requests.append(decoded)
+            else:
+                actions[(decoded.partition, decoded.key)] = decoded
+        return requests + list(actions.values())
+
+    def _recommend(self, values: Sequence[bytes | None], requests: Sequence[SlateRequest], now_ms: int) -> list[Slate]:
+        """Rank; where our code fails, each request alone, and the fallback for those that fail again."""
+        rows = decode_rows(values)
+        try:
+            return self._recommender.recommend(rows, requests, now_ms)
+        except Exception:
+            self._metrics.processing_errors.labels("rank").inc()
+            log.exception("ranking_failed", requests=len(requests))
+        slates: list[Slate] = []
+        for request in requests:
+            try:
+                slates += self._recommender.recommend(rows, [request], now_ms)
+            except Exception:
+                self._metrics.slates_degraded.labels("ranking-error").inc()
+                slates.append(self._fallback(rows, request, now_ms))
+        return slates
+
+    def _fallback(self, rows: npt.NDArray[np.void], request: SlateRequest, now_ms: int) -> Slate:
+        try:
+            return self._recommender.fallback(rows, [request], now_ms)[0]
+        except Exception:
+            self._metrics.processing_errors.labels("fallback").inc()
+            log.exception("fallback_failed")
+            surface = request.surface or self._settings.recommender.default_surface
+            return Slate(items=[], degraded=True, surface=surface)
+
+    def _sent(self, decoded: Decoded, slate: Slate, now_ms: int, *, degraded: bool) -> SentSlate:
+        event = decoded.event
+        topic = decoded.message.topic
+        record = Recommendation(
+            recommendation_id=recommendation_id(topic, decoded.partition, decoded.offset, event.user_id),
+            user_id=event.user_id,
+            request_id=event.request_id if isinstance(event, Request) else None,
+            generated_at=now_ms,
+            expires_at=now_ms + int(self._settings.worker.slate_lifetime_seconds * 1000),
+            surface=slate.surface,
+            degraded=degraded,
+            trigger=Trigger(event.event_id, topic, decoded.partition, decoded.offset),
+            model_version=self._model_version,
+            space_id=self._space_name,
+            experiment=None,
+            items=slate.items,
+        )
+        return SentSlate(decoded.partition, decoded.key, record, decoded.broker_ms, decoded.kind)

@@ -1,0 +1,485 @@
+"""The worker process: Kafka on one side, the pure core on the other, and the barrier between them.
+
+Started by the supervisor as ``python -m streams.worker``. An error that leaves doubt about what the broker has ends
+the process before the batch is acknowledged; the next start reads it again, and the guards make that harmless.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import os
+import signal
+import sys
+import time
+from collections.abc import Awaitable, Sequence
+from typing import Any
+
+import msgspec
+import structlog
+from aiokafka.errors import KafkaError
+
+from models.counters import ItemCounters
+from models.errors import BrokerUnavailable, FencedError, MillstreamError, TopicRecreatedError
+from models.recommender import Recommender
+from models.user_state import UserReader
+from streams import faust_patches
+from streams.app import build
+from streams.catalogue_mirror import CatalogueMirror
+from streams.dead_letters import DeadLetters
+from streams.decode import Decoded, Message
+from streams.exit_codes import ExitCode, exit_code
+from streams.health import HealthServer
+from streams.in_flight import InFlightMark, Suspects
+from streams.item_stats import ItemStats
+from streams.kafka_clients import bootstrap_servers, new_admin, new_producer
+from streams.logs import configure
+from streams.maintenance import Maintenance
+from streams.metrics import Metrics
+from streams.mirror import Mirror, Record
+from streams.model_slot import ModelSlot
+from streams.parent import die_with_parent
+from streams.pipeline import Pipeline, Prepared, Refused, TextVectors, decode_batch
+from streams.profiles import Profiles
+from streams.query_client import QueryEncoderClient
+from streams.sender import Outbox, Sender
+from streams.settings import Settings, load
+from streams.state_thread import StateThread
+from streams.topic_ids import epoch, topic_ids
+from streams.topics import TopicNames, require_layout
+from streams.user_table import TABLE_NAME, UserRows
+
+log = structlog.get_logger(__name__)
+
+JSON = (("content-type", b"application/json"),)
+IDLE_SECONDS = 0.5
+TICK_SECONDS = 0.25
+EPOCH_CHECK_SECONDS = 5.0
+
+
+class Worker:
+    """One worker process."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.names = TopicNames.of(settings)
+        self.metrics = Metrics()
+        self.state = StateThread()
+        self.suspects = Suspects.load(settings.worker.data_folder)
+        self.mark = InFlightMark(settings.worker.data_folder)
+        self.model = ModelSlot.bootstrap(settings)
+        self.catalogue = self.model.catalogue
+        self.counters = ItemCounters(
+            self.model.index, settings.counters, is_named=lambda row: self.catalogue.item(row) is not None
+        )
+        self.recommender = Recommender(
+            settings.recommender,
+            self.catalogue,
+            self.counters,
+            self.model.vector_index,
+            UserReader(settings.user_state, self.catalogue, self.model.space_hash),
+        )
+        self.letters = DeadLetters(self.names.dead_letters, settings.topics.partitions)
+        self.profiles = Profiles(self._refuse_mirrored)
+        self.stopping = asyncio.Event()
+        self.failure: asyncio.Future[ExitCode] = asyncio.get_running_loop().create_future()
+        self.is_ready = False
+        self._ticked_at = time.monotonic()
+        self._mirror_letters: list[tuple[Record, MillstreamError]] = []
+        self._tasks: list[asyncio.Task[None]] = []
+        self._drained = asyncio.Event()
+
+    # -- life ----------------------------------------------------------------------------------------------------
+
+    async def run(self) -> ExitCode:
+        """Start everything, work until asked to stop or until something fails; returns the exit code."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self.stopping.set)
+        health = HealthServer(
+            self.settings.worker.host,
+            self.settings.worker.port,
+            self.metrics.registry,
+            live=lambda: None,
+            ready=lambda: None if self.is_ready else "not processing events yet",
+        )
+        await health.start()
+        log.info("health_listens", port=health.port)
+        try:
+            await self._start()
+            stop = asyncio.create_task(self.stopping.wait())
+            await asyncio.wait([stop, self.failure], return_when=asyncio.FIRST_COMPLETED)
+            if self.failure.done():
+                return self.failure.result()
+            await self._stop_gracefully()
+            return ExitCode.STOPPED if not self.failure.done() else self.failure.result()
+        finally:
+            self.is_ready = False
+            await health.stop()
+
+    async def _start(self) -> None:
+        settings = self.settings
+        try:
+            await require_layout(settings)
+            self.epoch = epoch((await topic_ids(settings, [self.names.events]))[self.names.events])
+            self.producer = new_producer(settings, client_id=f"{settings.worker.group}-outputs")
+            await self.producer.start()
+            self.admin = new_admin(settings)
+            await self.admin.start()
+        except (KafkaError, OSError) as error:
+            raise BrokerUnavailable(f"Kafka at {bootstrap_servers(settings)} cannot be reached: {error!r}") from error
+        self.sender = Sender(self.producer)
+        self.item_stats = ItemStats(
+            settings, self.names, self.counters, self.sender, self.state, self.epoch, may_write=self.may_write
+        )
+        self.pipeline = Pipeline(
+            settings,
+            self.catalogue,
+            self.counters,
+            self.recommender,
+            self.metrics,
+            epoch=self.epoch,
+            space_id=self.model.space_hash,
+            generation=self.model.generation,
+            model_version=self.model.version,
+            space_name=self.model.space_id,
+        )
+        self.metrics.set_build(model_version=self.model.version, space_id=self.model.space_id)
+        self.encoder = QueryEncoderClient(settings.worker.data_folder, self.model.space)
+        self.catalogue_mirror = CatalogueMirror(
+            settings,
+            self.catalogue,
+            self.model.vector_index,
+            self.model.space,
+            self.state.executor,
+            self._refuse_mirrored,
+        )
+        self.users_mirror = Mirror(settings, self.names.users, self.profiles.apply)
+        self.users_mirror.assign([])
+        self.app: Any = build(settings, self.names, self._agent, self._take_over)
+        self.rows = UserRows(settings, self.app.tables[TABLE_NAME].data, self.names.user_table_changelog)
+        self.maintenance = Maintenance(self)
+        self.mirrors = (
+            self.catalogue_mirror.items,
+            self.catalogue_mirror.vectors,
+            self.item_stats.mirror,
+            self.users_mirror,
+        )
+        self._spawn(self.catalogue_mirror.run(), "mirror catalogue")
+        self._spawn(self.item_stats.mirror.run(), "mirror item-stats")
+        self._spawn(self.users_mirror.run(all_partitions=False), "mirror users")
+        self._spawn(self.item_stats.run(), "item-stats")
+        self._spawn(self._tick(), "tick")
+        self._spawn(self.maintenance.watch_commits(), "commit watchdog")
+        self._spawn(self.maintenance.report(), "metrics")
+        self._spawn(self._watch_epoch(), "epoch")
+        self._spawn(self._watch_faust(), "faust")
+        await self.app.start()
+
+    def _spawn(self, coroutine: Awaitable[None], name: str) -> None:
+        async def guarded() -> None:
+            try:
+                await coroutine
+            except asyncio.CancelledError:
+                raise
+            except BaseException as error:
+                self.fail(error, name)
+
+        self._tasks.append(asyncio.create_task(guarded(), name=name))
+
+    def fail(self, error: BaseException, where: str) -> None:
+        """End the process because of ``error``; the batch in work is not acknowledged."""
+        code = exit_code(error)
+        if not self.failure.done():
+            if code is ExitCode.UNEXPECTED:
+                log.error("worker_failed", where=where, code=int(code), exc_info=error)
+            else:
+                log.error("worker_failed", where=where, code=int(code), why=code.name.lower(), error=str(error))
+            self.failure.set_result(code)
+
+    async def _stop_gracefully(self) -> None:
+        """Finish the batch in work, commit, publish the counters, leave the group."""
+        log.info("stopping")
+        self.is_ready = False
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._drained.wait(), self.settings.worker.session_timeout_seconds)
+        if self.failure.done():
+            return
+        await self.app.consumer.commit()
+        await self.item_stats.publish(everything=True)
+        for task in self._tasks:
+            task.cancel()
+        await self.app.stop()
+        await self.producer.stop()
+        await self.admin.close()
+        await self.encoder.close()
+        self.state.close()
+        log.info("stopped")
+
+    # -- ownership -----------------------------------------------------------------------------------------------
+
+    async def _take_over(self, partitions: set[int], generation: int) -> None:
+        """Make this process the owner of ``partitions``: rows, profiles, counters; returns when they may be served."""
+        self.is_ready = False
+        self.metrics.rebalances.inc()
+        stale = await self.rows.keep_current(partitions)
+        gained = partitions - self.rows.partitions
+        self.profiles.keep_only(partitions)
+        self.users_mirror.assign(partitions)
+        await self.item_stats.keep_only(partitions - gained)
+        log.info("taking_over", partitions=sorted(partitions), gained=sorted(gained), stale=sorted(stale))
+        self.metrics.recovered.inc(await self.rows.recover(gained))
+        await self._gate()
+        committed = await self._committed(gained)
+        for partition in sorted(gained):
+            if self.app.consumer_generation_id != generation:
+                return
+            await self.item_stats.take_over(partition, committed.get(partition, 0))
+        # What was loaded stays: without this every collection walks the whole catalogue and table.
+        gc.collect()
+        gc.freeze()
+        self._ticked_at = time.monotonic()
+        self.is_ready = True
+        log.info("ready", partitions=sorted(partitions), rows=sum(map(len, map(self.rows.rows_of, partitions))))
+
+    async def _gate(self) -> None:
+        """Wait until every mirror has passed the end offsets that stood when it started."""
+        for mirror in self.mirrors:
+            while not mirror.caught_up.is_set():
+                try:
+                    await asyncio.wait_for(mirror.caught_up.wait(), self.settings.worker.mirror_timeout_seconds)
+                except TimeoutError:
+                    log.warning("mirror_is_late", topic=mirror.topic, lag=mirror.lag)
+
+    async def _committed(self, partitions: set[int]) -> dict[int, int]:
+        offsets = await self.admin.list_consumer_group_offsets(self.settings.worker.group)
+        return {
+            tp.partition: found.offset
+            for tp, found in offsets.items()
+            if tp.topic == self.names.events and tp.partition in partitions and found.offset >= 0
+        }
+
+    # -- events --------------------------------------------------------------------------------------------------
+
+    async def _agent(self, stream: Any) -> None:
+        try:
+            async for events in faust_patches.batches(stream, self.settings.worker.batch_max_events, IDLE_SECONDS):
+                if events:
+                    for part in self._parts(events):
+                        await self._process([event.message for event in part])
+                        faust_patches.acknowledge(part)
+                await self.maintenance.between_batches()
+                if self.stopping.is_set():
+                    self._drained.set()
+                    await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            raise
+        except BaseException as error:
+            self.fail(error, "agent")
+            # An agent that returns or raises would let Faust acknowledge or restart: wait for the end instead.
+            await asyncio.Event().wait()
+
+    def _parts(self, events: Sequence[Any]) -> list[list[Any]]:
+        """Split a batch so that each suspect of an earlier death is alone."""
+        if not self.suspects.one_by_one:
+            return [list(events)]
+        parts: list[list[Any]] = []
+        open_part: list[Any] = []
+        for event in events:
+            if self.suspects.is_one_by_one(event.message.partition, event.message.offset):
+                parts += [open_part, [event]] if open_part else [[event]]
+                open_part = []
+            else:
+                open_part.append(event)
+        return [*parts, open_part] if open_part else parts
+
+    async def _process(self, messages: Sequence[Message]) -> None:
+        """Process one micro-batch to the last acknowledgement."""
+        generation = self.app.consumer_generation_id
+        metrics = self.metrics
+        metrics.batch_events.observe(len(messages))
+        self.mark.set((m.partition, m.offset) for m in messages)
+        started = time.perf_counter()
+        accepted, refused = decode_batch(
+            messages,
+            self.settings,
+            lambda partition, key: key in self.rows.rows_of(partition),
+            self.suspects.is_refused,
+        )
+        metrics.stage.labels("decode").observe(time.perf_counter() - started)
+        texts = await self._texts(accepted)
+        now_ms = time.time_ns() // 1_000_000
+        prepared = await self.state.run(
+            self.pipeline.prepare, accepted, self.rows.get, self.profiles.text, texts, now_ms
+        )
+        prepared.refused += refused
+        outbox = Outbox()
+        for (partition, key), row in prepared.rows.items():
+            self.rows.stage(outbox, partition, key, row)
+        for slate in prepared.slates:
+            value = msgspec.json.encode(slate.record)
+            outbox.add(self.names.recommendations, slate.partition, slate.key, value, JSON)
+        for letter in prepared.refused:
+            self._stage_letter(outbox, letter, now_ms)
+        await self.write(outbox, generation)
+        for (partition, key), row in prepared.rows.items():
+            self.rows.put(partition, key, row)
+        self.mark.clear()
+        self.maintenance.event_time_ms = max([self.maintenance.event_time_ms, *(d.time_ms for d in accepted)])
+        self._count(prepared)
+
+    async def write(self, outbox: Outbox, generation: int) -> None:
+        """Check the fence, send, and await every acknowledgement. Raises FencedError or DeliveryError."""
+        if not len(outbox):
+            return
+        self._check_fence(generation)
+        started = time.perf_counter()
+        delivered = await self.sender.send(outbox)
+        self.rows.on_delivered(delivered)
+        self.metrics.stage.labels("send").observe(time.perf_counter() - started)
+
+    def may_write(self) -> bool:
+        """Whether this process may be sure to own its partitions now."""
+        gap = time.monotonic() - self._ticked_at
+        return not self.failure.done() and gap <= self.settings.worker.session_timeout_seconds / 2
+
+    def _check_fence(self, generation: int) -> None:
+        if self.app.consumer_generation_id != generation:
+            raise FencedError(
+                f"the group moved from generation {generation} to {self.app.consumer_generation_id} while a batch was "
+                "in work; nothing of it was written, its owner reads it again"
+            )
+        gap = time.monotonic() - self._ticked_at
+        if gap > self.settings.worker.session_timeout_seconds / 2:
+            raise FencedError(
+                f"this process did not run for {gap:.1f} s, more than half its session: another worker may own its "
+                "partitions by now; nothing was written"
+            )
+
+    async def _texts(self, accepted: Sequence[Decoded]) -> TextVectors:
+        """Ask the encoder process for queries and profile texts, all at once and for a bounded time."""
+        wanted: set[str] = set()
+        for decoded in accepted:
+            query = getattr(decoded.event, "query", None)
+            if query:
+                wanted.add(query)
+            profile = self.profiles.text(decoded.partition, decoded.event.user_id)
+            if profile:
+                wanted.add(profile)
+        if not wanted:
+            return TextVectors()
+        asked = sorted(wanted)
+        vectors = await self.encoder.vectors(asked)
+        found = {text: vector for text, vector in zip(asked, vectors, strict=True) if vector is not None}
+        self.metrics.encoder_requests.labels("answered").inc(len(found))
+        self.metrics.encoder_requests.labels("late").inc(len(wanted) - len(found))
+        return TextVectors(found)
+
+    def _stage_letter(self, outbox: Outbox, letter: Refused, now_ms: int) -> None:
+        self.letters.add(outbox, letter.message, letter.error, refused_at_ms=now_ms, traceback=letter.traceback)
+        self.metrics.dead_letters.labels("events", letter.error.reason).inc()
+        log.warning(
+            "event_refused",
+            partition=letter.message.partition,
+            offset=letter.message.offset,
+            reason=letter.error.reason,
+            detail=letter.error.detail[:200],
+        )
+
+    def _refuse_mirrored(self, record: Record, error: MillstreamError) -> None:
+        self._mirror_letters.append((record, error))
+
+    def take_mirror_letters(self) -> list[tuple[Record, MillstreamError]]:
+        """Return and forget the records that mirrors refused since the last call."""
+        letters, self._mirror_letters = self._mirror_letters, []
+        return letters
+
+    def _count(self, prepared: Prepared) -> None:
+        metrics = self.metrics
+        now = time.time()
+        for kind, outcome in prepared.outcomes:
+            metrics.events.labels(kind, outcome).inc()
+        for letter in prepared.refused:
+            metrics.events.labels("unknown", "refused").inc()
+            del letter
+        for slate in prepared.slates:
+            metrics.slates.labels(slate.kind).inc()
+            metrics.freshness.observe(max(0.0, now - slate.broker_ms / 1000))
+        metrics.unknown_items.inc(prepared.unknown_items)
+        metrics.slates_suppressed.inc(prepared.suppressed)
+
+    # -- watches -------------------------------------------------------------------------------------------------
+
+    async def _tick(self) -> None:
+        """Note that the loop runs; a gap means that the process was stopped or starved."""
+        limit = self.settings.worker.session_timeout_seconds / 2
+        while True:
+            gap = time.monotonic() - self._ticked_at
+            if gap > limit and self.is_ready:
+                raise FencedError(f"this process did not run for {gap:.1f} s, more than half its session")
+            self._ticked_at = time.monotonic()
+            await asyncio.sleep(TICK_SECONDS)
+
+    async def _watch_epoch(self) -> None:
+        """End the process when the events topic is not the one that it started on."""
+        while True:
+            await asyncio.sleep(EPOCH_CHECK_SECONDS)
+            try:
+                found = await topic_ids(self.settings, [self.names.events])
+            except (KafkaError, OSError, BrokerUnavailable) as error:
+                self.metrics.kafka_errors.labels("epoch").inc()
+                log.warning("epoch_unknown", error=repr(error))
+                continue
+            if epoch(found[self.names.events]) != self.epoch:
+                raise TopicRecreatedError(
+                    f"{self.names.events} was deleted and created again; rows and counters are kept, their guards "
+                    "start again with the new topic's first offset"
+                )
+
+    async def _watch_faust(self) -> None:
+        """Notice that Faust crashed or stopped by itself."""
+        while not self.stopping.is_set():
+            await asyncio.sleep(TICK_SECONDS)
+            if self.app.crashed or self.app.should_stop:
+                log.error("faust_crashed", exc_info=self.app.crash_reason)
+                if not self.failure.done():
+                    self.failure.set_result(ExitCode.FAUST)
+                return
+
+
+async def _main(settings: Settings) -> None:
+    try:
+        code = await Worker(settings).run()
+    except MillstreamError as error:
+        code = exit_code(error)
+        log.error("worker_failed", code=int(code), why=code.name.lower(), error=str(error))
+    except Exception:
+        code = ExitCode.UNEXPECTED
+        log.exception("worker_failed", code=int(code))
+    sys.stderr.flush()
+    # Not a return: tearing Faust down cleanly could commit what was not acknowledged, and its consumer thread may
+    # hold the process for as long as its session.
+    os._exit(code)
+
+
+def main() -> None:
+    """Run the worker process; never returns."""
+    try:
+        settings = load()
+    except MillstreamError as error:
+        print(f"millstream: {error}", file=sys.stderr)
+        os._exit(exit_code(error))
+    configure(settings.worker.log_level, settings.worker.log_format)
+    die_with_parent(os.getppid())
+    try:
+        import uvloop
+
+        runner: Any = uvloop.run
+    except ImportError:
+        runner = asyncio.run
+    runner(_main(settings))
+
+
+if __name__ == "__main__":
+    main()
