@@ -156,7 +156,8 @@ class TimeOrderedLines:
 
 
 def _mapped(path: Path, stack: ExitStack) -> mmap.mmap | bytes:
-    file: IO[bytes] = stack.enter_context(tempfile.TemporaryFile() if path.suffix == ".gz" else path.open("rb"))
+    file: IO[bytes] = tempfile.TemporaryFile() if path.suffix == ".gz" else path.open("rb")  # noqa: SIM115
+    stack.enter_context(file)
     if path.suffix == ".gz":
         with gzip.open(path, "rb") as packed:
             shutil.copyfileobj(packed, file, 1 << 20)

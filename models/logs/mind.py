@@ -112,7 +112,7 @@ class MindLog:
             user_id = user.decode()
             for n, item_id in enumerate(history.decode().split()):
                 action = Action(
-                    event_id=f"mind:history:{user_id}:{n}",
+                    event_id=f"mind:history:{user_id}:{n}:{item_id}",
                     event_time=time_ms,
                     user_id=user_id,
                     item_id=item_id,
