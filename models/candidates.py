@@ -15,7 +15,7 @@ import numpy.typing as npt
 from models.catalogue import Catalogue
 from models.counters import CLICKS, ItemCounters
 from models.events import Filters
-from models.ranking import F32, I32, TASTES, Bools, clip_ctr, is_in
+from models.ranking import F32, I32, LONG_TERM, SHORT_TERM, TASTES, Bools, clip_ctr, is_in
 from models.retrieval import VectorIndex
 
 I8 = npt.NDArray[np.int8]
@@ -25,6 +25,8 @@ SOURCES: Final = (*TASTES, "popular", "candidates")
 POPULAR: Final = len(TASTES)
 GIVEN: Final = POPULAR + 1
 MAX_COLUMNS: Final = 1 << 16
+ALIKE: Final = 0.95
+"""Cosine from which the short-term and the long-term vector count as one."""
 NEWEST_STRENGTH: Final = 0.1
 """Popularity of the newest item without clicks, where 1 is that of the most clicked one."""
 
@@ -163,16 +165,26 @@ def popular_items(items: Catalogue, counters: ItemCounters, n: int, now_ms: int,
 
 
 def search_tastes(index: VectorIndex, tastes: F32, active: Bools, per_taste: int) -> I32:
-    """Return the nearest items of every active taste, int32 [B, V, per_taste], by one search of the index.
+    """Return the nearest items of every taste, int32 [B, V, per_taste], by one search of the index for all of them.
 
-    ``tastes`` float32 [B, V, D], ``active`` bool [B, V]. The number per taste is the same for all, so that a
-    request finds the same items alone and in any batch.
+    ``tastes`` float32 [B, V, D], ``active`` bool [B, V]. The number per taste is the same for all, so that a request
+    finds the same items alone and in any batch. A long-term vector that points where the short-term one does is not
+    searched: it would find the same items, and the search is most of a slate's cost.
     """
     found = np.full((*active.shape, per_taste), -1, np.int32)
-    if active.any():
-        rows, _ = index.search(np.ascontiguousarray(tastes[active], dtype=np.float32), per_taste)
-        found[active, : rows.shape[1]] = rows
+    searched = active.copy()
+    searched[:, LONG_TERM] &= ~alike(tastes[:, SHORT_TERM], tastes[:, LONG_TERM])
+    if searched.any():
+        rows, _ = index.search(np.ascontiguousarray(tastes[searched], dtype=np.float32), per_taste)
+        found[searched] = rows
     return found
+
+
+def alike(a: F32, b: F32) -> Bools:
+    """Tell which pairs of vectors [n, D] have a cosine of at least ALIKE, bool [n]; never with a zero vector."""
+    lengths = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
+    same: Bools = (np.einsum("nd,nd->n", a, b) >= ALIKE * lengths) & (lengths > 0)
+    return same
 
 
 def merge(found: I32, active: Bools, popular: I32, width: int, refused: Callable[[I32], Bools]) -> Pool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Sequence
+from itertools import repeat
 
 import numpy as np
 import numpy.typing as npt
@@ -59,17 +60,17 @@ class ItemIndex:
     def rows(self, item_ids: Sequence[str]) -> npt.NDArray[np.int32]:
         """Return the rows of many ids, int32 [n], UNKNOWN where there is none."""
         get = self._row_by_id.get
-        return np.fromiter((get(i, UNKNOWN) for i in item_ids), np.int32, len(item_ids))
+        return np.fromiter(map(get, item_ids, repeat(UNKNOWN)), np.int32, len(item_ids))
 
     def rows_by_hash(self, hashes: Iterable[int], n: int) -> npt.NDArray[np.int32]:
         """Return the rows of ``n`` 64-bit hashes (Python ints), int32 [n], UNKNOWN where there is none."""
         get = self._row_by_hash.get
-        return np.fromiter((get(h, UNKNOWN) for h in hashes), np.int32, n)
+        return np.fromiter(map(get, hashes, repeat(UNKNOWN)), np.int32, n)
 
     def rows_by_short_hash(self, hashes: Iterable[int], n: int) -> npt.NDArray[np.int32]:
         """Return the rows of ``n`` 32-bit hashes, int32 [n], UNKNOWN where none or more than one fits."""
         get = self._row_by_short.get
-        found = np.fromiter((get(h, UNKNOWN) for h in hashes), np.int32, n)
+        found = np.fromiter(map(get, hashes, repeat(UNKNOWN)), np.int32, n)
         found[found == AMBIGUOUS] = UNKNOWN
         return found
 

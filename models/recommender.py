@@ -274,7 +274,7 @@ class Recommender:
         if given:
             pool = self._given(batch, refuse)
         else:
-            found = search_tastes(self._vector_index, tastes, active, max(1, width // 2))
+            found = search_tastes(self._vector_index, tastes, active, max(1, 3 * width // 4))
             pool = merge(found, active, self._popular.rows, width, refuse)
             self._complete(pool, ks, tastes, active, refuse, now_ms)
         self.on_stage("retrieve")
