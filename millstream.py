@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
-from models.errors import MillstreamError
+from models.errors import LogFormatError, MillstreamError
 
 if TYPE_CHECKING:
     from streams.topics import Difference
@@ -39,6 +41,17 @@ def config(config: ConfigOption = None) -> None:
     from streams.settings import load, render_toml
 
     typer.echo(render_toml(load(config)))
+
+
+@app.command()
+def worker(config: ConfigOption = None) -> None:
+    """Run a worker and its encoder process under a supervisor, until SIGTERM or Ctrl-C."""
+    import asyncio
+
+    from streams.settings import load
+    from streams.supervisor import supervise
+
+    raise typer.Exit(asyncio.run(supervise(load(config), config)))
 
 
 @kafka_app.command("start")
@@ -119,6 +132,232 @@ def _report_differences(differences: list[Difference]) -> None:
         raise typer.Exit(1)
     if not differences:
         typer.echo("all topics are as they must be")
+
+
+@app.command("import")
+def import_log(
+    kind: Annotated[str, typer.Argument(help="mind, ebnerd, movielens or jsonl.")],
+    path: Annotated[Path, typer.Argument(help="Folder of the unpacked set; for jsonl also one file.")],
+    speed: Annotated[float, typer.Option(min=0.0, help="Times real speed; 0: as fast as possible.")] = 0.0,
+    requests: Annotated[bool, typer.Option("--requests", help="Ask for a slate right before each impression.")] = False,
+    limit: Annotated[int | None, typer.Option(min=0, help="Send at most this many events.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where an earlier import of this log ended.")] = False,
+    state: Annotated[Path | None, typer.Option(help="State file; default: one per log, beside the worker's.")] = None,
+    config: ConfigOption = None,
+) -> None:
+    """Send a recorded log to the topics: the catalogue first, then its events in event-time order."""
+    import asyncio
+
+    from models.logs import open_log
+    from streams.importer import Importer, ImportOptions, advice, summary
+    from streams.progress import progress
+    from streams.settings import load
+
+    settings = load(config)
+    options = ImportOptions(speed=speed, requests=requests, limit=limit, resume=resume, state_file=state)
+    reader = open_log(kind, path)
+    with progress() as show:
+        importer = Importer(settings, reader, options, show)
+        for line in advice(settings, importer.state_file, resume=resume):
+            typer.echo(line, err=True)
+        result = asyncio.run(importer.run())
+    for line in summary(result):
+        typer.echo(line)
+
+
+@app.command()
+def publish(
+    kind: Annotated[str, typer.Argument(help="events, items or users.")],
+    file: Annotated[str, typer.Argument(help="JSON lines; - is standard input.")] = "-",
+    remove: Annotated[bool, typer.Option("--remove", help="Remove the items or users that the lines name.")] = False,
+    config: ConfigOption = None,
+) -> None:
+    """Send JSON lines as records, each checked first; exit status 1 where a line was refused."""
+    import asyncio
+
+    from models.logs.jsonl import RECORD_KINDS
+    from models.logs.log import open_bytes
+    from streams import hand_tools
+    from streams.settings import load
+
+    wanted = _one_of(kind, RECORD_KINDS)
+    settings = load(config)
+    with _reading(file):
+        lines = sys.stdin.buffer if file == "-" else open_bytes(Path(file))
+        with lines:
+            result = asyncio.run(
+                hand_tools.publish(
+                    settings,
+                    wanted,
+                    lines,
+                    remove=remove,
+                    on_refusal=lambda r: typer.echo(f"line {r.line}: {r.reason}: {r.detail}", err=True),
+                )
+            )
+    typer.echo(f"{result.sent} sent, {result.refused} refused")
+    if result.refused:
+        raise typer.Exit(1)
+
+
+@app.command()
+def tail(
+    topic: Annotated[str, typer.Argument(help="Short name, as recommendations, or a full one.")],
+    start: Annotated[str, typer.Option("--from", help="beginning or end.")] = "end",
+    user: Annotated[str | None, typer.Option(help="Only records with this key.")] = None,
+    limit: Annotated[int | None, typer.Option(min=0, help="Stop after this many records.")] = None,
+    follow: Annotated[bool, typer.Option(help="Wait for more; --no-follow ends at what is there now.")] = True,
+    config: ConfigOption = None,
+) -> None:
+    """Print the records of a topic as JSON lines, decoded from JSON or MessagePack."""
+    import asyncio
+    import contextlib
+    import json
+
+    from streams import hand_tools
+    from streams.settings import load
+
+    settings = load(config)
+    wanted = _one_of(start, ("beginning", "end"))
+
+    async def run() -> None:
+        async for record in hand_tools.tail(settings, topic, start=wanted, user=user, limit=limit, follow=follow):
+            print(json.dumps(record, ensure_ascii=False), flush=True)
+
+    with contextlib.suppress(KeyboardInterrupt):
+        asyncio.run(run())
+
+
+@app.command()
+def validate(
+    file: Annotated[str, typer.Argument(help="JSON lines, plain or .gz; - is standard input.")],
+    kind: Annotated[
+        str | None, typer.Option(help="events, items or users; default: told by each line's fields.")
+    ] = None,
+    config: ConfigOption = None,
+) -> None:
+    """Report line by line what a log would be refused for, by the worker's own rules; exit status 1 if for anything."""
+    import time
+    from collections import Counter
+
+    from models.logs.jsonl import RECORD_KINDS, check_lines
+    from models.logs.log import open_bytes
+    from streams.settings import load
+
+    policy = load(config).events.clock
+    wanted = _one_of(kind, RECORD_KINDS) if kind else None
+    good, reasons = 0, Counter[str]()
+    with _reading(file):
+        lines = sys.stdin.buffer if file == "-" else open_bytes(Path(file))
+        with lines:
+            for refusal in check_lines(lines, wanted, policy, round(time.time() * 1000)):
+                if refusal is None:
+                    good += 1
+                else:
+                    reasons[refusal.reason] += 1
+                    typer.echo(f"line {refusal.line}: {refusal.reason}: {refusal.detail}")
+    refused = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
+    typer.echo(
+        f"{good} lines would be taken, {reasons.total()} refused{f' ({refused})' if refused else ''}; "
+        f"event times judged as if sent now, under the policy {policy.policy!r}"
+    )
+    if reasons:
+        raise typer.Exit(1)
+
+
+@app.command()
+def schemas(
+    out: Annotated[Path, typer.Option(help="Folder of the schema files.")] = Path("docs/schemas"),
+) -> None:
+    """Write the JSON Schemas of the public records; refused where a change would break clients."""
+    from models.schemas import write
+
+    changed = write(out)
+    for path in changed:
+        typer.echo(f"wrote {path}")
+    if not changed:
+        typer.echo(f"the schemas in {out} are up to date")
+
+
+ReasonOption = Annotated[str | None, typer.Option(help="Only letters with this reason.")]
+PartitionOption = Annotated[int | None, typer.Option(min=0, help="Only letters on this dead-letter partition.")]
+OffsetOption = Annotated[int | None, typer.Option(min=0, help="Only the letter at this offset of the partition.")]
+LimitOption = Annotated[int | None, typer.Option(min=0, help="At most this many letters.")]
+
+
+@dlq_app.command("list")
+def dlq_list(
+    reason: ReasonOption = None,
+    partition: PartitionOption = None,
+    offset: OffsetOption = None,
+    limit: LimitOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line, with the bytes.")] = False,
+    config: ConfigOption = None,
+) -> None:
+    """List what was refused: its place among the dead letters, reason, where it came from."""
+    import asyncio
+    import json
+
+    from streams.dead_letters import Selection, letters
+    from streams.settings import load
+
+    settings = load(config)
+    selection = Selection(reason=reason, partition=partition, offset=offset, limit=limit)
+
+    async def run() -> int:
+        count = 0
+        async for letter in letters(settings, selection):
+            count += 1
+            typer.echo(json.dumps(letter.described(), ensure_ascii=False) if as_json else letter.line())
+        return count
+
+    count = asyncio.run(run())
+    if not as_json:
+        typer.echo(f"{count} dead letters", err=True)
+
+
+@dlq_app.command("replay")
+def dlq_replay(
+    reason: ReasonOption = None,
+    partition: PartitionOption = None,
+    offset: OffsetOption = None,
+    limit: LimitOption = None,
+    config: ConfigOption = None,
+) -> None:
+    """Send the original bytes again, to the original topic and key; a letter that was cut is kept and named.
+
+    Letters stay where they are: a second replay sends them again. Event ids are kept, so an event that was taken
+    already is recognised, as far back as a user's row remembers.
+    """
+    import asyncio
+
+    from streams.dead_letters import Selection, replay
+    from streams.settings import load
+
+    selection = Selection(reason=reason, partition=partition, offset=offset, limit=limit)
+    result = asyncio.run(replay(load(config), selection))
+    for letter, why in result.kept:
+        typer.echo(f"kept {letter.partition}/{letter.offset}: {why}", err=True)
+    typer.echo(f"{result.sent} sent again, {len(result.kept)} kept")
+    if result.kept:
+        raise typer.Exit(1)
+
+
+Choice = TypeVar("Choice", bound=str)
+
+
+def _one_of(value: str, choices: Sequence[Choice]) -> Choice:
+    for choice in choices:
+        if choice == value:
+            return choice
+    raise typer.BadParameter(f"{value!r} is none of {', '.join(choices)}")
+
+
+@contextmanager
+def _reading(file: str) -> Iterator[None]:
+    try:
+        yield
+    except (FileNotFoundError, PermissionError, IsADirectoryError, EOFError) as error:
+        raise LogFormatError(f"{file} cannot be read: {error}") from None
 
 
 def main() -> None:

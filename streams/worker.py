@@ -56,6 +56,7 @@ JSON = (("content-type", b"application/json"),)
 IDLE_SECONDS = 0.5
 TICK_SECONDS = 0.25
 EPOCH_CHECK_SECONDS = 5.0
+TAKE_OVERS_AT_ONCE = 6
 
 
 class Worker:
@@ -232,10 +233,16 @@ class Worker:
         self.metrics.recovered.inc(await self.rows.recover(gained))
         await self._gate()
         committed = await self._committed(gained)
-        for partition in sorted(gained):
-            if self.app.consumer_generation_id != generation:
-                return
-            await self.item_stats.take_over(partition, committed.get(partition, 0))
+        at_once = asyncio.Semaphore(TAKE_OVERS_AT_ONCE)
+
+        async def take_over(partition: int) -> None:
+            async with at_once:
+                if self.app.consumer_generation_id == generation:
+                    await self.item_stats.take_over(partition, committed.get(partition, 0))
+
+        await asyncio.gather(*map(take_over, sorted(gained)))
+        if self.app.consumer_generation_id != generation:
+            return
         # What was loaded stays: without this every collection walks the whole catalogue and table.
         gc.collect()
         gc.freeze()

