@@ -31,7 +31,7 @@ RECIPE: Final = 1
 """Version of the recipe; a change of anything that changes the matrix raises it, and with it the space id."""
 SPACE_DIM: Final = 64
 TEXTS: Final = 8_192
-SHORTEST_WORDS, LONGEST_WORDS = 5, 12
+SHORTEST_WORDS, LONGEST_WORDS = 2, 4
 SEED: Final = 20_240_601
 EMBEDDING_WEIGHT: Final = 0.5
 """Weight of a client's own embedding beside the text's unit vector."""
