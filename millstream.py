@@ -217,7 +217,7 @@ def tail(
     from streams.settings import load
 
     settings = load(config)
-    wanted = _one_of(start, ("beginning", "end"))
+    wanted = _one_of(start, hand_tools.STARTS)
 
     async def run() -> None:
         async for record in hand_tools.tail(settings, topic, start=wanted, user=user, limit=limit, follow=follow):

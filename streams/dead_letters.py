@@ -8,6 +8,7 @@ so that a replay gives them back as they were.
 from __future__ import annotations
 
 import base64
+import datetime as dt
 import hashlib
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -199,6 +200,18 @@ class Letter:
             )
         except (KeyError, ValueError) as error:
             raise RecordError("invalid", f"not a letter of Millstream: {error!r}") from None
+
+    def line(self) -> str:
+        """Return the letter as one line of text: place, time, source, reason, key, the beginning of its value."""
+        at = dt.datetime.fromtimestamp(self.refused_at_ms / 1000, dt.UTC).isoformat(timespec="seconds")
+        source = f"{self.source_topic}/{self.source_partition}/{self.source_offset}"
+        notes = [f"cut: {', '.join(self.cut)}"] if self.cut else []
+        notes += [f"replayed {self.replays} times"] if self.replays else []
+        shown = "null" if self.value is None else repr(self.value[:80].decode("utf-8", "backslashreplace"))
+        return " ".join(
+            [f"{self.partition}/{self.offset}", at, source, f"{self.reason}: {self.detail[:200]}", shown]
+            + [f"({'; '.join(notes)})" for _ in notes[:1]]
+        )
 
     def described(self) -> dict[str, Any]:
         """Return the letter as JSON-able data; bytes as text where they are UTF-8, else in base64."""

@@ -7,7 +7,7 @@ import base64
 import queue
 import threading
 from collections.abc import AsyncIterator, Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Final, Literal
 
 import msgspec
@@ -21,6 +21,8 @@ from streams.settings import Settings
 from streams.topic_io import TopicWriter, open_topic, partition_of
 from streams.topics import TopicNames
 
+Start = Literal["beginning", "end"]
+STARTS: Final[tuple[Start, ...]] = ("beginning", "end")
 BATCH_LINES: Final = 1_000
 _JSON: Final = (("content-type", b"application/json"),)
 
@@ -30,7 +32,7 @@ class PublishResult:
     """What `publish` did."""
 
     sent: int = 0
-    refused: list[Refusal] = field(default_factory=list)
+    refused: int = 0
 
 
 def topic_name(settings: Settings, name: str) -> str:
@@ -55,7 +57,7 @@ async def publish(
 ) -> PublishResult:
     """Send JSON lines as records of ``kind``, each as it stands, keyed by the id in it.
 
-    A line that the worker would refuse is not sent and is named in the result; the others are. With ``remove`` a
+    A line that the worker would refuse is not sent and is told to ``on_refusal``; the others are. With ``remove`` a
     null value is sent for the id of each item or user. Raises DeliveryError, BrokerUnavailable, LayoutError.
     """
     if remove and kind == "events":
@@ -74,10 +76,9 @@ async def publish(
                 try:
                     record = decode_line(value, kind)
                 except RecordError as error:
-                    refusal = Refusal(number, error.reason, error.detail)
-                    result.refused.append(refusal)
+                    result.refused += 1
                     if on_refusal:
-                        on_refusal(refusal)
+                        on_refusal(Refusal(number, error.reason, error.detail))
                     continue
                 key = (record.item_id if isinstance(record, Item) else record.user_id).encode()
                 writer.add(outbox, topic, key, None if remove else value, () if remove else _JSON)
@@ -125,7 +126,7 @@ async def tail(
     settings: Settings,
     topic: str,
     *,
-    start: Literal["beginning", "end"] = "end",
+    start: Start = "end",
     user: str | None = None,
     limit: int | None = None,
     follow: bool = True,

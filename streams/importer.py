@@ -305,3 +305,41 @@ def write_state(path: Path, state: ImportState) -> None:
     aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     aside.write_bytes(msgspec.json.encode(state))
     os.replace(aside, path)
+
+
+def advice(settings: Settings, state_file: Path, *, resume: bool) -> list[str]:
+    """Return what to know before an import: the clock policy, and an earlier one that did not end."""
+    lines = [
+        'The workers need events.clock.policy = "trusted" (MILLSTREAM_EVENTS__CLOCK__POLICY=trusted) to take '
+        "the event times of a log as they are."
+    ]
+    if settings.events.clock.policy != "trusted":
+        lines.append(
+            f"WARNING: the settings in force here say {settings.events.clock.policy!r}: a worker with these settings "
+            f"refuses events older than {settings.events.clock.absurd_past_seconds / 86_400:.0f} days, and moves "
+            "others to the present."
+        )
+    if not resume:
+        try:
+            state = read_state(state_file)
+        except LogFormatError as error:
+            lines.append(f"WARNING: {error}; it will be replaced")
+            state = None
+        if state is not None and not state.is_finished and state.position:
+            lines.append(
+                f"An earlier import of this log ended after {state.position:,} events; `--resume` would go on there. "
+                "This one starts anew: events that were sent are sent again, under the same event ids."
+            )
+    return lines
+
+
+def summary(result: ImportResult) -> list[str]:
+    """Return what an import did, as lines of text."""
+    rate = f", {result.events / result.seconds:,.0f} events/s over all" if result.seconds >= 0.5 else ""
+    lines = [
+        f"{result.items:,} items, {result.users:,} users and {result.events:,} events in {result.seconds:.1f} s{rate}"
+    ]
+    if result.resumed_at:
+        lines.append(f"resumed after {result.resumed_at:,} events")
+    lines += [f"left out: {count:,} {reason}" for reason, count in sorted(result.skipped.items())]
+    return lines
