@@ -56,6 +56,8 @@ class GatedRecovery(Recovery):  # type: ignore[misc]
 class GatedTableManager(TableManager):  # type: ignore[misc]
     """Table manager that uses ``GatedRecovery``."""
 
+    _recovery: Recovery | None
+
     @property
     def recovery(self) -> Recovery:
         """Return the recovery service, created on first use."""

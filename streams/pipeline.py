@@ -77,6 +77,8 @@ class Prepared:
     """(event type, outcome) for the metrics."""
     unknown_items: int = 0
     suppressed: int = 0
+    visibility_version: int = 0
+    """The catalogue's when the slates were made."""
 
 
 RowReader = Callable[[int, bytes], bytes | None]
@@ -134,6 +136,9 @@ class Pipeline:
         self._model_version = model_version
         self._space_name = space_name
         default = settings.recommender.default_surface
+        self._stage_seconds = {"retrieve": 0.0, "rank": 0.0}
+        self._stage_began = 0.0
+        recommender.on_stage = self._on_stage
         self._surfaces = [default, *sorted(s for s in settings.recommender.surfaces if s != default)]
 
     def prepare(
@@ -154,6 +159,17 @@ class Pipeline:
         self._metrics.stage.labels("update").observe(updated - started)
         self._slates(done, read_row, read_profile, texts, now_ms, prepared)
         return prepared
+
+    def drop_hidden(self, prepared: Prepared, now_ms: int) -> None:
+        """Take items out of made slates that were hidden or removed since; positions close up."""
+        if prepared.visibility_version == self._catalogue.visibility_version:
+            return
+        for slate in prepared.slates:
+            rows = self._catalogue.index.rows([item.item_id for item in slate.record.items])
+            keep = self._catalogue.servable(rows, now_ms).tolist()
+            slate.record.items = [item for item, kept in zip(slate.record.items, keep, strict=True) if kept]
+            for position, item in enumerate(slate.record.items, start=1):
+                item.position = position
 
     def _update(
         self,
@@ -233,9 +249,11 @@ class Pipeline:
         prepared: Prepared,
     ) -> None:
         triggers = self._triggers(done, now_ms, prepared)
+        prepared.visibility_version = self._catalogue.visibility_version
         if not triggers:
             return
-        started = time.perf_counter()
+        self._stage_seconds = {"retrieve": 0.0, "rank": 0.0}
+        self._stage_began = time.perf_counter()
         self._recommender.refresh(now_ms)
         places: dict[RowKey, int] = {}
         values: list[bytes | None] = []
@@ -258,7 +276,14 @@ class Pipeline:
         for decoded, request, slate in zip(triggers, requests, slates, strict=True):
             missing_query = request.request is not None and bool(request.request.query) and request.query_vector is None
             prepared.slates.append(self._sent(decoded, slate, now_ms, degraded=slate.degraded or missing_query))
-        self._metrics.stage.labels("rank").observe(time.perf_counter() - started)
+        self._on_stage("assemble")
+        for stage, seconds in self._stage_seconds.items():
+            self._metrics.stage.labels(stage).observe(seconds)
+
+    def _on_stage(self, name: str) -> None:
+        now = time.perf_counter()
+        self._stage_seconds["retrieve" if name == "retrieve" else "rank"] += now - self._stage_began
+        self._stage_began = now
 
     def _triggers(self, done: Sequence[tuple[Decoded, Outcome]], now_ms: int, prepared: Prepared) -> list[Decoded]:
         """Return the events that get a slate: every request, and a user's last action of the batch."""

@@ -29,7 +29,7 @@ log = structlog.get_logger(__name__)
 TABLE_NAME = "user_table"
 
 
-class UserStore(Store[bytes, bytes]):
+class UserStore(Store[bytes, bytes]):  # type: ignore[misc]
     """Rows in memory, one dict per partition, dropped when the partition is revoked."""
 
     def __post_init__(self) -> None:

@@ -109,8 +109,8 @@ class Worker:
         log.info("health_listens", port=health.port)
         try:
             await self._start()
-            stop = asyncio.create_task(self.stopping.wait())
-            await asyncio.wait([stop, self.failure], return_when=asyncio.FIRST_COMPLETED)
+            waited: list[asyncio.Future[Any]] = [asyncio.create_task(self.stopping.wait()), self.failure]
+            await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
             if self.failure.done():
                 return self.failure.result()
             await self._stop_gracefully()
@@ -321,6 +321,7 @@ class Worker:
             self.pipeline.prepare, accepted, self.rows.get, self.profiles.text, texts, now_ms
         )
         prepared.refused += refused
+        self.pipeline.drop_hidden(prepared, now_ms)
         outbox = Outbox()
         for (partition, key), row in prepared.rows.items():
             self.rows.stage(outbox, partition, key, row)
