@@ -1,0 +1,230 @@
+"""What the log says must have happened: rows, counts and slates computed one event at a time, and the comparison."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import defaultdict
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from aiokafka import ConsumerRecord
+
+from models.counters import ItemCounters
+from models.errors import RecordError
+from models.events import Action, Event
+from models.hashing import hash64, recommendation_id
+from models.item_index import ItemIndex
+from models.user_batch import read_vectors
+from models.user_row import ROW, decode_rows, empty_rows, guard_of
+from models.user_state import Outcome, apply, user_event
+from streams.catalogue_mirror import CatalogueState
+from streams.decode import decode
+from streams.item_stats import CHECKPOINT_KEY, ItemRecord, batches, decode_item
+from streams.model_slot import BOOTSTRAP_VERSION
+from streams.topic_ids import epoch, topic_ids
+from tests.integration.conftest import read_topic
+from tests.integration.workers import World, now_ms
+
+VECTOR_TOLERANCE = 5e-3
+UserKey = tuple[int, bytes]
+"""(partition, key)."""
+
+
+@dataclass
+class Expected:
+    """What must stand on the topics when the whole log is processed."""
+
+    rows: dict[UserKey, Any] = field(default_factory=dict)
+    totals: dict[str, tuple[int, int, int]] = field(default_factory=dict)
+    actions: list[tuple[int, int, str]] = field(default_factory=list)
+    """(partition, offset, user id) of each action that is no client's retry."""
+    requests: list[tuple[int, int, str]] = field(default_factory=list)
+    refused: dict[tuple[int, int], str] = field(default_factory=dict)
+    """Reason by (partition, offset)."""
+    accepted: int = 0
+
+
+@dataclass
+class _Message:
+    topic: str
+    partition: int
+    offset: int
+    timestamp: float
+    key: bytes | None
+    value: bytes | None
+    headers: Any
+
+    @classmethod
+    def of(cls, r: ConsumerRecord) -> _Message:
+        return cls(r.topic, r.partition, r.offset, r.timestamp / 1000, r.key, r.value, r.headers)
+
+
+async def expected(world: World, *, refuse: frozenset[tuple[int, int]] = frozenset()) -> Expected:
+    """Compute from the events topic what must have happened. ``refuse``: offsets that must not touch a row."""
+    settings = world.settings
+    catalogue = await _catalogue(world)
+    topic_epoch = epoch((await topic_ids(settings, [world.names.events]))[world.names.events])
+    counters = ItemCounters(ItemIndex(), settings.counters)
+    for partition in range(settings.topics.partitions):
+        counters.own(partition)
+    default = settings.recommender.default_surface
+    surfaces = [default, *sorted(s for s in settings.recommender.surfaces if s != default)]
+    found = Expected()
+    for record in await read_topic(settings, world.names.events):
+        key = (record.partition, record.key or b"")
+        try:
+            decoded = decode(
+                _Message.of(record), settings.events, settings.topics.partitions, is_known=key in found.rows
+            )
+        except RecordError as error:
+            found.refused[(record.partition, record.offset)] = error.reason
+            continue
+        found.accepted += 1
+        counters.add(record.partition, batches([decoded], settings.counters)[record.partition])
+        if (record.partition, record.offset) in refuse:
+            continue
+        event = user_event(decoded.event, 0, decoded.offset, decoded.time_ms, settings.user_state, surfaces)
+        rows, outcomes = apply(
+            found.rows.get(key, empty_rows(1)),
+            [event],
+            catalogue,
+            settings.user_state,
+            epoch=topic_epoch,
+            space_id=hash64(world.space().space_id),
+            generation=0,
+            surfaces=surfaces,
+        )
+        found.rows[key] = rows
+        _note_trigger(found, decoded.event, record, Outcome(outcomes[0]))
+    index = counters.index
+    rows_of_items = np.arange(len(index))
+    totals = counters.totals(rows_of_items)
+    totals[:, 2] *= 1_000
+    found.totals = {index.item_id(row): tuple(np.rint(totals[row]).astype(int).tolist()) for row in rows_of_items}
+    return found
+
+
+def _note_trigger(found: Expected, event: Event, record: ConsumerRecord, outcome: Outcome) -> None:
+    if outcome is Outcome.DUPLICATE:
+        return
+    if isinstance(event, Action):
+        found.actions.append((record.partition, record.offset, event.user_id))
+    elif event.__class__.__name__ == "Request":
+        found.requests.append((record.partition, record.offset, event.user_id))
+
+
+async def _catalogue(world: World) -> Any:
+    from models.catalogue import Catalogue
+    from models.retrieval import RetrievalConfig, VectorIndex
+
+    space = world.space()
+    state = CatalogueState(Catalogue(ItemIndex(), space.dim), VectorIndex(space.dim, RetrievalConfig()), space)
+    assert not state.apply_items(await read_topic(world.settings, world.names.items), now_ms())
+    assert not state.apply_vectors(await read_topic(world.settings, world.names.item_vectors), now_ms())
+    return state.catalogue
+
+
+async def changelog_rows(world: World) -> tuple[dict[UserKey, bytes], dict[UserKey, bytes]]:
+    """Return the rows on the changelog by user: those with the highest guard, and those written last."""
+    highest: dict[UserKey, bytes] = {}
+    last: dict[UserKey, bytes] = {}
+    for record in await read_topic(world.settings, world.names.user_table_changelog):
+        key = (record.partition, record.key)
+        last[key] = record.value
+        if key not in highest or guard_of(record.value)[1] >= guard_of(highest[key])[1]:
+            highest[key] = record.value
+    return highest, last
+
+
+def row_differences(want: dict[UserKey, Any], have: dict[UserKey, bytes]) -> list[str]:
+    """Return in words how rows differ: integers exactly, vectors to VECTOR_TOLERANCE; nothing where they agree."""
+    found = [f"{key}: no row" for key in want.keys() - have.keys()]
+    found += [f"{key}: a row that the log does not make" for key in have.keys() - want.keys()]
+    for key in sorted(want.keys() & have.keys()):
+        expected_row, row = want[key], decode_rows([have[key]])
+        for name in ROW.names or ():
+            if name in ("norms", "vectors"):
+                continue
+            if expected_row[name].tobytes() != row[name].tobytes():
+                found.append(f"{key}: {name} is {row[name][0]}, must be {expected_row[name][0]}")
+        apart = float(np.abs(read_vectors(expected_row) - read_vectors(row)).max())
+        if not apart <= VECTOR_TOLERANCE:
+            found.append(f"{key}: vectors are {apart} apart")
+    return found
+
+
+async def item_totals(world: World) -> dict[str, tuple[int, int, int]]:
+    """Return what item-stats says: per item the totals of the newest record of each partition, summed."""
+    newest: dict[tuple[int, bytes], ItemRecord] = {}
+    for record in await read_topic(world.settings, world.names.item_stats):
+        if record.key != CHECKPOINT_KEY:
+            newest[(record.partition, record.key)] = decode_item(record.value)
+    sums: dict[str, list[int]] = defaultdict(lambda: [0, 0, 0])
+    for (_, key), item in newest.items():
+        for kind, total in enumerate(item.totals):
+            sums[key.decode()][kind] += total
+    return {item_id: (t[0], t[1], t[2]) for item_id, t in sums.items()}
+
+
+def slate_differences(world: World, want: Expected, slates: list[Any]) -> list[str]:
+    """Return in words which triggers have no slate, and which slates are not recognisable by their ids.
+
+    A slate covers the actions of its user in its micro-batch, so its trigger is less than a batch behind each.
+    """
+    topic = world.names.events
+    batch = world.settings.worker.batch_max_events
+    found = []
+    triggers: dict[tuple[int, str], set[int]] = defaultdict(set)
+    for slate in slates:
+        trigger = slate["trigger"]
+        right = recommendation_id(topic, trigger["partition"], trigger["offset"], slate["user_id"])
+        if slate["recommendation_id"] != right or trigger["topic"] != topic:
+            found.append(f"the slate of {trigger} has the id {slate['recommendation_id']}, not {right}")
+        if slate["model_version"] != BOOTSTRAP_VERSION:
+            found.append(f"the slate of {trigger} was made by {slate['model_version']}")
+        triggers[(trigger["partition"], slate["user_id"])].add(trigger["offset"])
+    for partition, offset, user_id in want.actions:
+        if not any(offset <= trigger < offset + batch for trigger in triggers[(partition, user_id)]):
+            found.append(f"no slate for the action of {user_id} at {partition}/{offset}")
+    for partition, offset, user_id in want.requests:
+        if offset not in triggers[(partition, user_id)]:
+            found.append(f"no slate for the request of {user_id} at {partition}/{offset}")
+    return found
+
+
+async def differences(world: World, *, refuse: frozenset[tuple[int, int]] = frozenset()) -> list[str]:
+    """Return in words all differences between the topics and what the log says; nothing where all is as it must be."""
+    want = await expected(world, refuse=refuse)
+    highest, last = await changelog_rows(world)
+    found = row_differences(want.rows, highest)
+    found += [f"{key}: the last record is not the owner's" for key in highest if last[key] != highest[key]]
+    found += slate_differences(world, want, await world.slates())
+    ends = {p: end for p, end in (await world.end_offsets(world.names.events)).items() if end}
+    committed = await world.committed()
+    found += [f"partition {p}: committed {committed.get(p)}, end {end}" for p, end in ends.items() if committed[p] != end]
+    letters = {(x.source_partition, x.source_offset): x.reason for x in await world.letters()}
+    wanted_letters = want.refused | {place: letters.get(place, "no letter") for place in refuse}
+    if letters != wanted_letters:
+        found.append(f"dead letters {letters}, must be {wanted_letters}")
+    totals = await item_totals(world)
+    for item_id in sorted(want.totals.keys() | totals.keys()):
+        if totals.get(item_id, (0, 0, 0)) != want.totals.get(item_id, (0, 0, 0)):
+            found.append(f"{item_id}: totals {totals.get(item_id)}, must be {want.totals.get(item_id)}")
+    return found
+
+
+async def assert_exact(
+    world: World, *, refuse: frozenset[tuple[int, int]] = frozenset(), within_seconds: float = 15.0
+) -> None:
+    """Fail unless rows, counts, slates, letters and offsets are those that the log makes.
+
+    Everything but the counters stands when the offsets are committed; those are published a moment later.
+    """
+    await world.wait_committed()
+    deadline = time.monotonic() + within_seconds
+    while found := await differences(world, refuse=refuse):
+        if time.monotonic() > deadline:
+            raise AssertionError(f"{len(found)} differences:\n" + "\n".join(found[:40]))
+        await asyncio.sleep(0.5)
