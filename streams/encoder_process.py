@@ -15,8 +15,10 @@ import sys
 import time
 from collections.abc import Coroutine, Iterable, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
+import numpy as np
+import numpy.typing as npt
 import structlog
 from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, TopicPartition
 from aiokafka.errors import CommitFailedError, IllegalStateError, KafkaConnectionError, RebalanceInProgressError
@@ -44,6 +46,16 @@ log = structlog.get_logger(__name__)
 NICENESS: Final = 19
 MAX_RECORDS: Final = 256
 """Records of ``items`` handled between two commits."""
+
+
+class Encoder(Protocol):
+    """The part of ``TextEncoder`` that is used here."""
+
+    encoder_id: str
+
+    def encode(self, texts: Sequence[str]) -> npt.NDArray[np.float32]:
+        """Return base encodings, float32 [n, B]."""
+        ...
 
 
 class KnownEncodings:
@@ -247,7 +259,7 @@ async def consume(consumer: AIOKafkaConsumer, mirror: Mirror, encoder: ItemEncod
             await consumer.commit({tp: records[-1].offset + 1 for tp, records in batches.items()})
 
 
-async def run(settings: Settings, encoder: TextEncoder) -> None:
+async def run(settings: Settings, encoder: Encoder) -> None:
     """Consume and answer until cancelled. Raises DeliveryError, BrokerUnavailable and what else ends the process."""
     names = TopicNames.of(settings)
     folder = settings.worker.data_folder

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import threading
+
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -127,7 +129,7 @@ def test_changes_during_a_build_are_replayed_on_the_new_graph(monkeypatch: pytes
         changed.wait(10)
         return built
 
-    changed = retrieval.threading.Event()
+    changed = threading.Event()
     monkeypatch.setattr(retrieval, "_build", build_while_the_index_changes)
     index.add(np.arange(600, dtype=np.int32), vectors)
     assert index.is_building
