@@ -340,7 +340,7 @@ lives = st.lists(
 
 
 @given(log=logs(), lives=lives, max_touches=st.sampled_from([1_024, 131_072]))
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=120)
 def test_deaths_at_any_points_equal_no_death(
     log: list[Logged], lives: list[tuple[list[tuple[int, set[int]]], int]], max_touches: int
 ) -> None:
@@ -399,6 +399,48 @@ def test_retry_after_a_death_is_still_recognised() -> None:
     feed(survivor, [e for e in log if e[1] >= checkpoint.resume_offset])
     feed(survivor, [(click("u", "a", "same"), 2, T + 121_000)])
     assert survivor.totals(ROWS)[0, CLICKS] == 1
+
+
+def test_retry_of_a_retry_is_recognised_in_the_window_after_each() -> None:
+    made = counters()
+    feed(made, [(click("u", "a", "same"), i, T + i * 120_000) for i in range(5)])
+    assert made.totals(ROWS)[0, CLICKS] == 1
+
+
+def test_retry_read_again_without_what_it_repeats_is_not_counted() -> None:
+    # The first event lies before the window that is read again; its retry must not count because of that.
+    log: list[Logged] = [
+        (click("u", "a", "same"), 0, T),
+        (click("u", "b", "same"), 1, T + 120_000),
+        (click("v", "c", "other"), 2, T + 240_000),
+    ]
+    victim, survivor = counters(), counters()
+    survivor.release(0)
+    feed(victim, log)
+    survivor.replace(0, publish(victim))
+    checkpoint = victim.checkpoint(0)
+    assert checkpoint.resume_offset == 1
+    survivor.own(0, checkpoint)
+    feed(survivor, log[1:])
+    assert survivor.totals(ROWS)[:, CLICKS].tolist() == [1, 0, 1]
+
+
+def test_window_that_ended_early_is_rebuilt_with_its_watermark() -> None:
+    config = CountersConfig(user_window_max_touches=1_024)
+    # A window ends 40 s after T. The watermark has passed that; all that follows is late.
+    log: list[Logged] = [(impression("first", "a", "e"), 0, T + 50_000)]
+    log += [(impression(f"u{i}", "b", "e"), i, T) for i in range(1, 2_100)]
+    log += [(click("u", "a", f"c{i}"), 2_100 + i, T) for i in range(3)]
+    log += [(impression("last", "b", "e"), 2_110, T + 45_000), (click("u", "a", "c9"), 2_111, T + 45_000)]
+    victim, survivor = counters(config), counters(config)
+    survivor.release(0)
+    feed(victim, log[:2_103])
+    survivor.replace(0, publish(victim))
+    checkpoint = victim.checkpoint(0)
+    assert checkpoint.resume_offset == 1_024
+    survivor.own(0, checkpoint)
+    feed(survivor, log[1_024:])
+    assert survivor.totals(ROWS)[0, CLICKS] == CONFIG.user_cap
 
 
 def test_checkpoint_does_not_pass_an_item_that_waits() -> None:
