@@ -42,7 +42,8 @@ SURFACES = ("front", "mail")
 HALF = ItemVectors(range(0, 30, 2))
 ALL = ItemVectors(range(30))
 OTHER_SPACE = ItemVectors(range(30), seed=1)
-WITH_RATES = CONFIG.model_copy(update={"base_rates": {"mail": 0.3}})
+STRONG = CONFIG.model_copy(update={"base_rates": {"mail": 0.3}, "unclicked_weight": 1.0, "unclicked_max_share": 0.2})
+"""Negatives strong enough to be seen beside fp16's rounding."""
 
 
 def run(
@@ -103,9 +104,9 @@ def test_a_batch_equals_the_plain_reference_through_new_items_new_spaces_and_lag
     cuts = sorted(data.draw(st.lists(st.integers(0, len(log)), min_size=3, max_size=3)))
     parts = [log[a:b] for a, b in zip([0, *cuts], [*cuts, len(log)], strict=True)]
     for part, (source, space_id, generation) in zip(parts, stages, strict=True):
-        rows = run(rows, part, source, WITH_RATES, space_id=space_id, generation=generation)
+        rows = run(rows, part, source, STRONG, space_id=space_id, generation=generation)
         vectors = {full: [float(x) for x in v] for full, v in source.by_full.items()}
-        world = World(WITH_RATES, vectors, EPOCH, space_id, generation, {1: 0.3})
+        world = World(STRONG, vectors, EPOCH, space_id, generation, {1: 0.3})
         for single in part:
             references[single.user].apply(single, world)
     same_as_reference(rows, references)
@@ -209,6 +210,12 @@ def test_a_click_without_request_finds_the_newest_impression_with_the_item() -> 
     assert [int(c) for c in rows["pending"]["clicked"][0, :3]] == [0, 2, 0]
 
 
+def test_the_base_rate_of_the_surface_sets_the_length_of_a_step() -> None:
+    for surface, rate in ((0, 0.05), (1, 0.3), (255, 0.05)):
+        rows = run(empty_rows(1), [event(ACTION, [1], offset=0, surface=surface)], config=STRONG)
+        assert float(rows["norms"][0, 0]) == pytest.approx(0.1 * (1 - rate), rel=1e-3)
+
+
 def test_a_hide_moves_the_vector_away_from_a_liked_item() -> None:
     liked = run(empty_rows(1), [click(1, i) for i in range(5)])
     hidden = run(liked, [event(ACTION, [1], offset=5, action="hide")])
@@ -276,6 +283,24 @@ def test_a_full_ring_of_impressions_drops_the_oldest_without_a_negative() -> Non
     rows = run(empty_rows(1), [click(9, 0), *(impression([i], 1 + i) for i in range(5))])
     assert [int(i) for i in rows["pending"]["items"][0, :, 0]] == [short_hash(hash64(str(i))) for i in (4, 3, 2, 1)]
     assert int(rows["unclicked"][0]) == 0
+
+
+def test_after_the_cap_a_further_unclicked_impression_moves_nothing() -> None:
+    config = CONFIG.model_copy(update={"unclicked_cap": 1})
+    log = [click(1, 0), *(impression([1, 2], 1 + i, START_MS + 700_000 * i) for i in range(3))]
+    rows = [run(empty_rows(1), log[: 2 + i], config=config) for i in range(3)]
+    assert [int(r["unclicked"][0]) for r in rows] == [0, 1, 2]
+    assert rows[1]["vectors"].tobytes() != rows[0]["vectors"].tobytes()
+    assert rows[2]["vectors"].tobytes() == rows[1]["vectors"].tobytes()
+
+
+def test_of_two_impressions_that_close_together_the_older_one_counts_first() -> None:
+    config = STRONG.model_copy(update={"unclicked_cap": 1})
+    older, newer = impression([2], 1), impression([3], 2, START_MS + 1_000)
+    later = event(REQUEST, [], offset=3, time_ms=START_MS + 700_000)
+    both = run(empty_rows(1), [click(1, 0), older, newer, later], config=config)
+    alone = run(empty_rows(1), [click(1, 0), older, later], config=config)
+    assert both["vectors"].tobytes() == alone["vectors"].tobytes()
 
 
 def test_a_thousand_unclicked_impressions_do_not_drive_a_vector_away() -> None:
