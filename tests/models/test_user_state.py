@@ -42,8 +42,10 @@ SURFACES = ("front", "mail")
 HALF = ItemVectors(range(0, 30, 2))
 ALL = ItemVectors(range(30))
 OTHER_SPACE = ItemVectors(range(30), seed=1)
-STRONG = CONFIG.model_copy(update={"base_rates": {"mail": 0.3}, "unclicked_weight": 1.0, "unclicked_max_share": 0.2})
-"""Negatives strong enough to be seen beside fp16's rounding."""
+STRONG = CONFIG.model_copy(
+    update={"base_rates": {"mail": 0.3}, "unclicked_weight": 1.0, "unclicked_max_share": 0.2, "weight_decay": 0.5}
+)
+"""Negatives and shrink strong enough to be seen beside fp16's rounding."""
 
 
 def run(
@@ -216,6 +218,15 @@ def test_the_base_rate_of_the_surface_sets_the_length_of_a_step() -> None:
         assert float(rows["norms"][0, 0]) == pytest.approx(0.1 * (1 - rate), rel=1e-3)
 
 
+def test_a_click_on_an_item_beyond_the_held_ones_still_steps_against_those_held() -> None:
+    log = [impression(range(15), offset=0, request=5), click(14, offset=1, request=5)]
+    rows = run(empty_rows(1), log)
+    (h,), _, _ = user_vectors(rows, START_MS)
+    slate = np.array([vector(i) for i in (14, *range(12))])
+    np.testing.assert_allclose(h, 0.1 * (slate[0] - slate.mean(axis=0)), atol=1e-4)
+    assert int(rows["pending"]["clicked"][0, 0]) == 0x8000
+
+
 def test_a_hide_moves_the_vector_away_from_a_liked_item() -> None:
     liked = run(empty_rows(1), [click(1, i) for i in range(5)])
     hidden = run(liked, [event(ACTION, [1], offset=5, action="hide")])
@@ -330,6 +341,14 @@ def test_the_step_for_an_unknown_item_is_taken_at_the_next_event_after_its_vecto
     after = run(before, [event(REQUEST, [], offset=1)], ALL)
     assert cosine(user_vectors(after, START_MS)[0][0], vector(1)) > 0.999
     assert after["recent"]["action"][0, 0] == 1 | POSITIVE
+
+
+def test_steps_left_over_are_taken_oldest_first() -> None:
+    config = CONFIG.model_copy(update={"learning_rate": 1.0})
+    waiting = run(empty_rows(1), [click(1, 0), click(3, 1)], HALF, config)
+    late = run(waiting, [event(REQUEST, [], offset=2)], ALL, config)
+    in_time = run(empty_rows(1), [click(1, 0), click(3, 1)], ALL, config)
+    np.testing.assert_allclose(user_vectors(late, START_MS)[0], user_vectors(in_time, START_MS)[0], atol=2e-3)
 
 
 def test_a_row_of_an_older_space_is_rebuilt_from_its_recent_items_on_first_touch() -> None:
