@@ -27,17 +27,23 @@ def test_zero_encoding_stays_zero() -> None:
 
 def test_pca_is_about_the_origin_and_not_about_the_mean() -> None:
     base = np.array([[10, 0.1, 0], [10, -0.1, 0], [10, 0, 0.01]], np.float32)
-    assert np.abs(bootstrap.pca(base, 1)[:, 0]).argmax() == 0
+    assert np.abs(bootstrap.pca([base], 1)[:, 0]).argmax() == 0
 
 
 def test_pca_has_orthonormal_columns() -> None:
-    matrix = bootstrap.pca(np.random.default_rng(1).standard_normal((100, 8)).astype(np.float32), 4)
+    matrix = bootstrap.pca([np.random.default_rng(1).standard_normal((100, 8)).astype(np.float32)], 4)
     assert np.allclose(matrix.T @ matrix, np.eye(4), atol=1e-5)
+
+
+def test_small_corpus_weighs_as_much_as_a_large_one() -> None:
+    large = np.tile(np.array([[1, 0, 0]], np.float32), (1_000, 1))
+    small = np.array([[0, 2, 0]], np.float32)
+    assert np.abs(bootstrap.pca([large, small], 1)[:, 0]).argmax() == 1
 
 
 def test_sign_of_each_direction_does_not_depend_on_the_order_of_the_texts() -> None:
     base = np.random.default_rng(1).standard_normal((100, 8)).astype(np.float32)
-    assert np.allclose(bootstrap.pca(base, 4), bootstrap.pca(base[::-1], 4), atol=1e-4)
+    assert np.allclose(bootstrap.pca([base], 4), bootstrap.pca([base[::-1]], 4), atol=1e-4)
 
 
 def test_vocabulary_texts_are_the_same_each_time() -> None:
