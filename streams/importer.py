@@ -196,7 +196,8 @@ class Importer:
                 outbox, size = Outbox(), 0
         await writer.send(outbox)
         sent += len(outbox)
-        self._on_progress(phase, sent, sent)
+        if sent:
+            self._on_progress(phase, sent, sent)
         return sent
 
     def _skip(self, reason: str) -> None:
@@ -243,6 +244,7 @@ class Importer:
             await self._acknowledged(sending, in_flight, total)
             sending = asyncio.create_task(writer.send(outbox))
             await self._acknowledged(sending, position, total)
+            self._on_progress("events", self._state.position, self._state.position)
         finally:
             if sending is not None and not sending.done():
                 sending.cancel()

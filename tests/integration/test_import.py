@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,7 +18,7 @@ from streams.sender import Delivered, Outbox
 from streams.settings import Settings
 from streams.topic_io import TopicWriter, partition_of
 from streams.topics import TopicNames
-from tests.integration.conftest import PARTITIONS, SettingsWith, read_topic
+from tests.integration.conftest import PARTITIONS, REPOSITORY, SettingsWith, environment, read_topic, wait_until
 
 pytestmark = pytest.mark.integration
 
@@ -34,6 +36,15 @@ def write_log(folder: Path, events: int = 40) -> Path:
             lines.append({"type": "impression", "items": [{"item_id": "a"}, {"item_id": "b"}], **common})
     (folder / "events.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder
+
+
+def start_import(settings: Settings, log: Path, folder: Path) -> subprocess.Popen[bytes]:
+    """Start the command in a process of its own, slow enough to be killed on its way."""
+    return subprocess.Popen(
+        [sys.executable, str(REPOSITORY / "millstream.py"), "import", "jsonl", str(log), "--speed", "20"],
+        env=environment(settings, folder / "process"),
+        cwd=folder,
+    )
 
 
 async def events_on_topic(settings: Settings) -> list[Event]:
@@ -108,6 +119,26 @@ async def test_a_crash_after_sending_and_before_the_state_file_sends_nothing_twi
     last = await Importer(settings, open_log("jsonl", folder), ImportOptions(resume=True)).run()
     assert (last.resumed_at, last.events) == (10, 15)
     assert sorted(e.event_id for e in await events_on_topic(settings)) == sorted(f"e{n}" for n in range(40))
+
+
+async def test_an_import_that_is_killed_and_resumed_sends_every_event_once(settings: Settings, tmp_path: Path) -> None:
+    folder = write_log(tmp_path / "log", events=400)
+    events = TopicNames.of(settings).events
+    killed = start_import(settings, folder, tmp_path)
+    try:
+
+        async def has_begun() -> bool:
+            return len(await read_topic(settings, events)) >= 5
+
+        await wait_until(has_begun, 60.0, "the import has begun")
+    finally:
+        killed.kill()
+        killed.wait(30)
+    sent_before = len(await read_topic(settings, events))
+    result = await Importer(settings, open_log("jsonl", folder), ImportOptions(resume=True)).run()
+    assert 0 < sent_before < 400
+    assert result.events == 400 - sent_before
+    assert sorted(e.event_id for e in await events_on_topic(settings)) == sorted(f"e{n}" for n in range(400))
 
 
 async def test_a_failed_delivery_leaves_a_state_from_which_nothing_is_lost(

@@ -4,8 +4,12 @@ import hashlib
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
 from models.errors import RecordError
-from streams.dead_letters import DeadLetters
+from streams.dead_letters import DeadLetters, Letter, replayed
 from streams.sender import Outbox
 
 ERROR = RecordError("invalid", "Expected `str`, got `int` - at `$.user_id`")
@@ -93,3 +97,56 @@ def test_letters_of_one_partition_go_to_one_partition() -> None:
     letters.add(outbox, Refused(partition=5, offset=2), ERROR, refused_at_ms=0)
     assert list(outbox.records) == [("d", 1)]
     assert len(outbox) == 2
+
+
+@dataclass
+class Stored:
+    """A letter as a consumer gets it."""
+
+    key: bytes | None
+    value: bytes | None
+    headers: Any
+    partition: int = 1
+    offset: int = 9
+
+
+def read_back(message: Refused, error: RecordError = ERROR, **options: Any) -> Letter:
+    letters = DeadLetters("d", 4, **options)
+    return Letter.of(Stored(*letters.letter(message, error, refused_at_ms=1_700_000_000_000)))
+
+
+@given(
+    st.none() | st.binary(max_size=40),
+    st.none() | st.binary(max_size=40),
+    st.lists(st.tuples(st.text(max_size=5), st.binary(max_size=5)), max_size=4),
+)
+def test_whatever_is_refused_is_replayed_as_it_was(
+    key: bytes | None, value: bytes | None, headers: list[tuple[str, bytes]]
+) -> None:
+    again = replayed(read_back(Refused(key=key, value=value, headers=headers)))
+    assert again == (key, value, [*headers, ("millstream-replays", b"1")])
+
+
+def test_a_letter_that_was_replayed_twice_says_so() -> None:
+    assert read_back(Refused(headers=[("millstream-replays", b"2")])).replays == 2
+
+
+def test_a_listed_letter_shows_place_source_reason_and_value() -> None:
+    assert read_back(Refused()).line() == (
+        "1/9 2023-11-14T22:13:20+00:00 m.events.v1/5/17 "
+        """invalid: Expected `str`, got `int` - at `$.user_id` '{"user_id": 7}'"""
+    )
+
+
+def test_a_listed_letter_says_that_it_was_cut_and_replayed() -> None:
+    message = Refused(value=b"x" * 20, headers=[("millstream-replays", b"1")])
+    assert read_back(message, max_value_bytes=5).line().endswith("'xxxxx' (cut: value; replayed 1 times)")
+
+
+def test_bytes_that_are_no_text_are_described_in_base64() -> None:
+    assert read_back(Refused(value=b"\xff")).described()["value"] == {"base64": "/w=="}
+
+
+def test_a_record_without_the_headers_of_a_letter_is_refused() -> None:
+    with pytest.raises(RecordError, match="not a letter"):
+        Letter.of(Stored(b"k", b"v", [("millstream-dlq-topic", b"t")]))
