@@ -240,6 +240,10 @@ def _take_pending_steps(rows: Rows, frozen: Bools, vectors: RowVectors, context:
     some = np.flatnonzero(waiting.any(axis=1) & ~frozen)
     if not len(some):
         return
+    # Most often none has a vector yet: one look-up tells, instead of one for each place of the ring.
+    _, known = context.vectors.by_hash(rows["recent"]["item"][some][waiting[some]])
+    if not known.any():
+        return
     for entry in range(RECENT - 1, -1, -1):
         at = some[waiting[some, entry]]
         if not len(at):
