@@ -208,10 +208,8 @@ class Letter:
         notes = [f"cut: {', '.join(self.cut)}"] if self.cut else []
         notes += [f"replayed {self.replays} times"] if self.replays else []
         shown = "null" if self.value is None else repr(self.value[:80].decode("utf-8", "backslashreplace"))
-        return " ".join(
-            [f"{self.partition}/{self.offset}", at, source, f"{self.reason}: {self.detail[:200]}", shown]
-            + [f"({'; '.join(notes)})" for _ in notes[:1]]
-        )
+        line = f"{self.partition}/{self.offset} {at} {source} {self.reason}: {self.detail[:200]} {shown}"
+        return f"{line} ({'; '.join(notes)})" if notes else line
 
     def described(self) -> dict[str, Any]:
         """Return the letter as JSON-able data; bytes as text where they are UTF-8, else in base64."""
