@@ -119,9 +119,10 @@ class _Snapshot:
     def kill(self, rows: Rows) -> None:
         """Mark rows dead; those that are not here are ignored."""
         inside = rows[(rows >= 0) & (rows < len(self._place))]
-        places = self._place[inside]
-        self.alive[places[places >= 0]] = False
-        self.dead = len(self.rows) - int(self.alive.sum())
+        places = np.unique(self._place[inside])
+        places = places[(places >= 0) & self.alive[places]]
+        self.alive[places] = False
+        self.dead += len(places)
 
     def alive_items(self) -> tuple[Rows, Floats]:
         """Return copies of what is alive: rows [n], vectors [n, D]."""

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import threading
 
+import faiss
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from models import retrieval
 from models.errors import SettingsError
-from models.retrieval import RetrievalConfig, VectorIndex
+from models.retrieval import RetrievalConfig, VectorIndex, exact_search
 
 EXACT = RetrievalConfig(exact_below=10**9)
 GRAPH = RetrievalConfig(exact_below=1, rebuild_minimum=64, rebuild_fraction=0.2)
@@ -172,6 +173,25 @@ def test_index_that_shrinks_far_below_the_limit_is_exact_again() -> None:
     index.remove(np.arange(500, dtype=np.int32))
     assert index.is_exact
     assert index.search(vectors[550:551], 1)[0].tolist() == [[550]]
+
+
+def test_snapshot_that_gives_a_limited_number_of_neighbours_still_skips_the_dead() -> None:
+    vectors = vectors_of(300)
+    flat = faiss.IndexFlatIP(16)
+    flat.add(vectors)
+    snapshot = retrieval._Snapshot(flat, np.arange(300, dtype=np.int32), most=40)
+    order = exact_search(vectors[:1], snapshot.rows, vectors, 300)[0][0]
+    snapshot.kill(order[:20])
+    rows, scores = snapshot.search(vectors[:1], 30)
+    assert rows[0].tolist() == [*order[20:40].tolist(), *[-1] * 10]
+    assert np.isneginf(scores[0, 20:]).all()
+
+
+def test_row_that_is_killed_twice_counts_once() -> None:
+    index, _ = graph_of(600)
+    index.remove(rows_of(5, 5))
+    index.remove(rows_of(5))
+    assert len(index) == 599
 
 
 def test_recall_of_the_graph_against_exact_search_is_high() -> None:
