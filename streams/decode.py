@@ -61,8 +61,18 @@ def decode(message: Message, settings: EventSettings, partitions: int, *, is_kno
     """Decode and check one message.
 
     ``is_known`` says that the key has a row in this partition already: then its partition was checked before.
-    Raises RecordError with the reason for which the message goes to the dead letters.
+    Raises RecordError with the reason for which the message goes to the dead letters. That is also what an error of
+    our own becomes: one record must not end the process, and live processing and recovery must refuse the same ones.
     """
+    try:
+        return _decode(message, settings, partitions, is_known=is_known)
+    except RecordError:
+        raise
+    except Exception as error:
+        raise RecordError("processing-error", f"decoding failed: {error!r}") from error
+
+
+def _decode(message: Message, settings: EventSettings, partitions: int, *, is_known: bool) -> Decoded:
     event = EVENT_CODEC.decode(message.value, content_type(message.headers))
     key = event.user_id.encode("utf-8")
     if message.key != key:

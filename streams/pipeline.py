@@ -104,7 +104,9 @@ def decode_batch(
             known = message.key is not None and is_known(message.partition, message.key)
             accepted.append(decode(message, settings.events, settings.topics.partitions, is_known=known))
         except RecordError as error:
-            refused.append(Refused(message, error))
+            cause = error.__cause__
+            trace = "".join(traceback.format_exception(cause)) if cause is not None else None
+            refused.append(Refused(message, error, trace))
     return accepted, refused
 
 

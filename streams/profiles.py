@@ -63,11 +63,11 @@ class Profiles:
 
 
 def content_type(headers: object) -> str | None:
-    """Return the ``content-type`` header of a record as text, None if it has none."""
+    """Return the ``content-type`` header of a record as text, None if it has none or a null one."""
     if not headers:
         return None
     pairs = headers.items() if isinstance(headers, dict) else headers
     for name, value in pairs:  # type: ignore[attr-defined]
-        if name == "content-type":
+        if name == "content-type" and value is not None:
             return bytes(value).decode("latin-1")
     return None

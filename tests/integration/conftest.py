@@ -86,16 +86,21 @@ def settings_with(tmp_path: Path, request: pytest.FixtureRequest) -> SettingsWit
     Each keyword is a section with the fields to set: ``settings_with(topics={"partitions": 2})``. Without
     ``kafka={"bootstrap_servers": …}`` the session's broker is used. No topic is created.
     """
+    return settings_maker(tmp_path, lambda: request.getfixturevalue("kafka"))
+
+
+def settings_maker(folder: Path, default_bootstrap: Callable[[], str]) -> SettingsWith:
+    """Return what the fixture ``settings_with`` is, for a scenario that several tests look at."""
     name = f"t{uuid.uuid4().hex[:12]}"
 
     def build(**sections: dict[str, Any]) -> Settings:
         values: dict[str, Any] = {
             "kafka": {"request_timeout_seconds": 10.0},
-            "broker": {"folder": tmp_path / "kafka"},
+            "broker": {"folder": folder / "kafka"},
             "topics": {"prefix": name, "partitions": PARTITIONS},
             "worker": {
                 "group": f"{name}-group",
-                "data_folder": tmp_path / "worker",
+                "data_folder": folder / "worker",
                 "session_timeout_seconds": 6.0,
                 "rebalance_timeout_seconds": 6.0,
                 "heartbeat_interval_seconds": 0.5,
@@ -107,7 +112,7 @@ def settings_with(tmp_path: Path, request: pytest.FixtureRequest) -> SettingsWit
         for section, fields in sections.items():
             values[section] = {**values.get(section, {}), **fields}
         if "bootstrap_servers" not in values["kafka"]:
-            values["kafka"]["bootstrap_servers"] = request.getfixturevalue("kafka")
+            values["kafka"]["bootstrap_servers"] = default_bootstrap()
         return Settings(**values)
 
     return build

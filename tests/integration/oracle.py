@@ -11,11 +11,13 @@ from typing import Any
 import numpy as np
 from aiokafka import ConsumerRecord
 
-from models.counters import ItemCounters
+from models.catalogue import Catalogue
+from models.counters import WEIGHT_UNIT, ItemCounters
 from models.errors import RecordError
-from models.events import Action, Event
+from models.events import Action, Event, Request
 from models.hashing import hash64, recommendation_id
 from models.item_index import ItemIndex
+from models.retrieval import RetrievalConfig, VectorIndex
 from models.user_batch import read_vectors
 from models.user_row import ROW, decode_rows, empty_rows, guard_of
 from models.user_state import Outcome, apply, user_event
@@ -98,11 +100,10 @@ async def expected(world: World, *, refuse: frozenset[tuple[int, int]] = frozens
         )
         found.rows[key] = rows
         _note_trigger(found, decoded.event, record, Outcome(outcomes[0]))
-    index = counters.index
-    rows_of_items = np.arange(len(index))
-    totals = counters.totals(rows_of_items)
-    totals[:, 2] *= 1_000
-    found.totals = {index.item_id(row): tuple(np.rint(totals[row]).astype(int).tolist()) for row in rows_of_items}
+    totals = counters.totals(np.arange(len(counters.index)))
+    totals[:, 2] *= WEIGHT_UNIT
+    for row, (impressions, clicks, weights) in enumerate(np.rint(totals).astype(int).tolist()):
+        found.totals[counters.index.item_id(row)] = (impressions, clicks, weights)
     return found
 
 
@@ -111,14 +112,11 @@ def _note_trigger(found: Expected, event: Event, record: ConsumerRecord, outcome
         return
     if isinstance(event, Action):
         found.actions.append((record.partition, record.offset, event.user_id))
-    elif event.__class__.__name__ == "Request":
+    elif isinstance(event, Request):
         found.requests.append((record.partition, record.offset, event.user_id))
 
 
 async def _catalogue(world: World) -> Any:
-    from models.catalogue import Catalogue
-    from models.retrieval import RetrievalConfig, VectorIndex
-
     space = world.space()
     state = CatalogueState(Catalogue(ItemIndex(), space.dim), VectorIndex(space.dim, RetrievalConfig()), space)
     assert not state.apply_items(await read_topic(world.settings, world.names.items), now_ms())
@@ -203,7 +201,9 @@ async def differences(world: World, *, refuse: frozenset[tuple[int, int]] = froz
     found += slate_differences(world, want, await world.slates())
     ends = {p: end for p, end in (await world.end_offsets(world.names.events)).items() if end}
     committed = await world.committed()
-    found += [f"partition {p}: committed {committed.get(p)}, end {end}" for p, end in ends.items() if committed[p] != end]
+    for partition, end in ends.items():
+        if committed.get(partition) != end:
+            found.append(f"partition {partition}: committed {committed.get(partition)}, end {end}")
     letters = {(x.source_partition, x.source_offset): x.reason for x in await world.letters()}
     wanted_letters = want.refused | {place: letters.get(place, "no letter") for place in refuse}
     if letters != wanted_letters:

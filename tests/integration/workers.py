@@ -25,7 +25,7 @@ import numpy as np
 from aiokafka import TopicPartition
 from prometheus_client.parser import text_string_to_metric_families
 
-from models.bootstrap import Space, find_space, save_space, space_id
+from models.bootstrap import Space, _kept_file, find_space, save_space, space_id
 from models.encoder import EncoderConfig, content_hash, identify
 from models.events import Item
 from streams import item_vectors, topics
@@ -282,6 +282,4 @@ def _made_up_space() -> Space:
 
 
 def _space_file(folder: Path) -> Path:
-    from models.bootstrap import _kept_file
-
     return _kept_file(encoder_id(), folder, 64)
