@@ -1,0 +1,167 @@
+"""How many events a worker takes that has a backlog: clicks that bring slates, clicks without, impressions.
+
+The backlog is written in one go to a worker that is ready, its graph of items built. Slates are counted on their
+topic, by broker time. What sends nothing outside is counted by the worker's metrics, which rise only when the broker
+has acknowledged the rows.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from typing import Final
+
+from benchmarks.processes import BenchmarkError, WorkerProcess
+from benchmarks.results import CpuAccount, Figure
+from benchmarks.stage import Bench, Stage, stage
+from benchmarks.world import SLATE, Keyed
+
+POLL_SECONDS: Final = 0.25
+LIMIT_SECONDS: Final = 600.0
+WARM_UP_EVENTS: Final = 500
+SLATES_A_SECOND: Final = 1_000
+ACTIONS_A_SECOND: Final = 6_000
+IMPRESSIONS_A_SECOND: Final = 1_500
+ROW_BYTES: Final = 1_024
+NO_SLATES: Final = {"max_trigger_age_seconds": 0.001}
+
+
+async def slates(bench: Bench) -> None:
+    """Clicks of many users, each of which brings a slate: 200 candidates, 20 shown."""
+    sizes = bench.sizes
+    account = CpuAccount()
+    async with stage(bench, "slates", users=sizes.users) as made:
+        worker = await made.worker()
+        await _warm_up(made, worker)
+        clicks = _clicks(bench, sizes.slates)
+        begun_ms = time.time_ns() // 1_000_000
+        profile = await _take_in(made, worker, clicks, "action")
+        sent = [r for r in await made.records(made.names.recommendations) if r.timestamp >= begun_ms]
+        first, last = min(r.timestamp for r in sent), max(r.timestamp for r in sent)
+        rate = (len(sent) - 1) / max(last - first, 1) * 1e3
+        mean_bytes = sum(len(r.value) for r in sent) / len(sent)
+        note = (
+            f"{len(sent):,} slates for {len(clicks):,} clicks of {sizes.users:,} users, {sizes.items:,} items; "
+            f"a slate has {mean_bytes:.0f} bytes; {await _stages(worker)}"
+        )
+        figure = Figure("refreshed slates", rate, "slates/s", at_least=SLATES_A_SECOND, note=note, is_event_rate=True)
+        await _finish(made, worker, figure, profile)
+    bench.report.beside["slates"] = account.describe()
+
+
+async def actions(bench: Bench) -> None:
+    """Clicks that change rows and counters and are too old for a slate."""
+    account = CpuAccount()
+    async with stage(bench, "actions", users=bench.sizes.users, worker=NO_SLATES) as made:
+        worker = await _silent_worker(made)
+        await _rate(made, worker, _clicks(bench, bench.sizes.actions), "action", "actions without a slate")
+    bench.report.beside["actions"] = account.describe()
+
+
+async def impressions(bench: Bench) -> None:
+    """Impressions of 15 items."""
+    sizes = bench.sizes
+    account = CpuAccount()
+    async with stage(bench, "impressions", users=sizes.users) as made:
+        worker = await made.worker()
+        now_ms = time.time_ns() // 1_000_000
+        shown = [bench.world.impression(_user(i, sizes.users), now_ms) for i in range(sizes.impressions)]
+        await _rate(made, worker, shown, "impression", f"impressions of {SLATE} items")
+    bench.report.beside["impressions"] = account.describe()
+
+
+async def _silent_worker(made: Stage) -> WorkerProcess:
+    """Start a worker that sends no slates: nothing searches its index, so no build need be waited for."""
+    worker = WorkerProcess(made.settings, made.folder, profile=made.bench.profile)
+    made.children.append(worker)
+    await worker.wait_ready()
+    await worker.wait_for(lambda: not worker.is_building(), 120.0, "its graph of items")
+    return worker
+
+
+def _user(n: int, users: int) -> int:
+    # A prime step: neighbours in the log are different users of different topics.
+    return (n * 7_919) % users
+
+
+def _clicks(bench: Bench, n: int) -> list[Keyed]:
+    now_ms = time.time_ns() // 1_000_000
+    return [bench.world.click(_user(i, bench.sizes.users), now_ms) for i in range(n)]
+
+
+async def _warm_up(made: Stage, worker: WorkerProcess) -> None:
+    """Have counters and code warm: impressions for the popular list, then some slates."""
+    now_ms = time.time_ns() // 1_000_000
+    users = made.bench.sizes.users
+    shown = [made.bench.world.impression(_user(i, users), now_ms) for i in range(WARM_UP_EVENTS)]
+    await made.send(made.names.events, shown)
+    await made.send(made.names.events, _clicks(made.bench, WARM_UP_EVENTS))
+    await _until(worker, WARM_UP_EVENTS, "action")
+
+
+async def _rate(made: Stage, worker: WorkerProcess, records: Sequence[Keyed], kind: str, name: str) -> None:
+    """Measure events per second by the worker's counter, from its first reading above zero to its last."""
+    target = {"action": ACTIONS_A_SECOND, "impression": IMPRESSIONS_A_SECOND}[kind]
+    before = await worker.metric("millstream_slates_total")
+    sending = asyncio.create_task(_take_in(made, worker, records, kind))
+    readings: list[tuple[float, float]] = []
+    while not sending.done():
+        count = await worker.metric("millstream_events_total", type=kind)
+        readings.append((time.perf_counter(), count))
+        await asyncio.sleep(POLL_SECONDS)
+    profile = await sending
+    base = readings[0][1]
+    moving = [(at, count) for at, count in readings if base < count < base + len(records)]
+    if len(moving) < 2:
+        raise BenchmarkError(f"{name}: over before it was read twice; take more than {len(records)} events")
+    rate = (moving[-1][1] - moving[0][1]) / (moving[-1][0] - moving[0][0])
+    slates_sent = await worker.metric("millstream_slates_total") - before
+    note = f"{len(records):,} events, {slates_sent:.0f} slates; {await _stages(worker)}"
+    figure = Figure(name, rate, "events/s", at_least=target, note=note, is_event_rate=True)
+    await _finish(made, worker, figure, profile)
+
+
+async def _take_in(made: Stage, worker: WorkerProcess, records: Sequence[Keyed], kind: str) -> str:
+    """Write the backlog and return when the worker has acknowledged it; returns the profile, "" without one."""
+    before = await worker.metric("millstream_events_total", type=kind)
+    worker.start_profile()
+    await made.send(made.names.events, records)
+    await _until(worker, int(before) + len(records), kind)
+    return await worker.end_profile()
+
+
+async def _until(worker: WorkerProcess, count: int, kind: str) -> None:
+    deadline = time.monotonic() + LIMIT_SECONDS
+    while await worker.metric("millstream_events_total", type=kind) < count:
+        if worker.process.poll() is not None or time.monotonic() > deadline:
+            raise BenchmarkError(f"the worker did not take {count} events in:\n{worker.tail()}")
+        await asyncio.sleep(POLL_SECONDS)
+
+
+async def _stages(worker: WorkerProcess) -> str:
+    """Return where a micro-batch's time goes, by the worker's histograms since its start."""
+    parts = []
+    for name in ("decode", "update", "rank", "send"):
+        seconds = await worker.metric("millstream_stage_seconds_sum", stage=name)
+        batches = await worker.metric("millstream_stage_seconds_count", stage=name)
+        if batches:
+            parts.append(f"{name} {seconds / batches * 1e3:.1f}")
+    events = await worker.metric("millstream_batch_events_sum")
+    batches = await worker.metric("millstream_batch_events_count")
+    return f"ms a batch of {events / max(batches, 1):.0f}: {', '.join(parts)}"
+
+
+async def _finish(made: Stage, worker: WorkerProcess, figure: Figure, profile: str) -> None:
+    """Add the figure, the bytes of the rows that it left, and the profile."""
+    report = made.bench.report
+    figure.note += f"; RSS {worker.rss_bytes() / 2**20:.0f} MiB"
+    report.figures.append(figure)
+    rows = {r.key: len(r.value) for r in await made.records(made.names.user_table_changelog) if r.value}
+    mean = sum(rows.values()) / len(rows)
+    note = f"mean {mean:.0f} bytes of {len(rows):,} rows"
+    report.figures.append(
+        Figure(f"user row after {figure.name}, longest", max(rows.values()), "bytes", at_most=ROW_BYTES, note=note)
+    )
+    if profile:
+        report.profiles[figure.name] = profile
