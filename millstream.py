@@ -54,6 +54,31 @@ def worker(config: ConfigOption = None) -> None:
     raise typer.Exit(asyncio.run(supervise(load(config), config)))
 
 
+@app.command()
+def demo(
+    duration: Annotated[float, typer.Option(min=1.0, help="Seconds for which the users act, once they can.")] = 120.0,
+    users: Annotated[int, typer.Option(min=2, max=5_000, help="Simulated users; half of them get our slates.")] = 160,
+    rate: Annotated[float, typer.Option(min=1.0, max=2_000.0, help="Events a second, about.")] = 80.0,
+    items: Annotated[int, typer.Option(min=50, max=5_000, help="Films in the catalogue.")] = 1_200,
+    seed: Annotated[int, typer.Option(min=0, help="Of films, tastes and clicks.")] = 7,
+    plain: Annotated[bool, typer.Option("--plain", help="Lines instead of the live view.")] = False,
+    config: ConfigOption = None,
+) -> None:
+    """Simulated users on a real Kafka, half with our slates, half with a popularity list; exit 1 without slates."""
+    import asyncio
+
+    from streams.demo.run import DemoOptions, run
+    from streams.settings import load
+
+    options = DemoOptions(
+        duration_seconds=duration, users=users, events_per_second=rate, items=items, seed=seed, plain=plain
+    )
+    code, lines = asyncio.run(run(load(config), options))
+    for line in lines:
+        typer.echo(line)
+    raise typer.Exit(code)
+
+
 @kafka_app.command("start")
 def kafka_start(config: ConfigOption = None) -> None:
     """Start the local Kafka and wait until it is ready; one that runs is left as it is."""

@@ -8,6 +8,7 @@ MillstreamError
 ├── LogFormatError       a log file that is not in the layout it claims
 ├── LayoutError          topics that do not have the shape that the worker needs
 ├── BrokerUnavailable    Kafka cannot be reached (retriable)
+├── DemoError            the demo could not go on
 ├── DeliveryError        a record was not acknowledged by the broker (ends the process)
 ├── FencedError          this process no longer owns what it was about to write (ends the process)
 └── TopicRecreatedError  the events topic is not the one that the process started on (ends the process)
@@ -70,6 +71,10 @@ class DeliveryError(MillstreamError):
 
 class FencedError(MillstreamError):
     """This process lost its partitions (or slept too long to know); nothing may be written any more."""
+
+
+class DemoError(MillstreamError):
+    """The demo could not go on; its processes were ended and its topics deleted."""
 
 
 class TopicRecreatedError(MillstreamError):
