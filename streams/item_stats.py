@@ -185,6 +185,7 @@ class ItemStats:
     """One worker's side of the topic: mirror, publication of the partitions that it owns, and taking over.
 
     ``may_write`` says whether this process still owns its partitions; nothing is published while it does not.
+    ``is_refused`` names (partition, offset) of events that must not be touched.
     """
 
     def __init__(
@@ -197,6 +198,7 @@ class ItemStats:
         epoch: int,
         *,
         may_write: Callable[[], bool] = lambda: True,
+        is_refused: Callable[[int, int], bool] = lambda partition, offset: False,
     ) -> None:
         self.mirror = Mirror(settings, names.item_stats, self.apply)
         self.published_records = 0
@@ -211,6 +213,7 @@ class ItemStats:
         self._state = state
         self._epoch = epoch
         self._may_write = may_write
+        self._is_refused = is_refused
         self._writer = secrets.randbits(63)
         self._checkpoints: dict[int, CheckpointRecord] = {}
         self._written: dict[int, tuple[float, Checkpoint]] = {}
@@ -449,6 +452,9 @@ class ItemStats:
         """
         accepted: list[Decoded] = []
         for r in records:
+            if self._is_refused(r.partition, r.offset):
+                # The process died on it again and again: live processing did not count it, and this could die too.
+                continue
             message = _Message(r.topic, r.partition, r.offset, r.timestamp / 1000, r.key, r.value, r.headers)
             try:
                 decoded = decode(

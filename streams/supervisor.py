@@ -102,8 +102,8 @@ class Child:
 class WorkerChild(Child):
     """The worker: its deaths in the middle of a batch are counted."""
 
-    def __init__(self, settings: Settings, config_file: Path | None) -> None:
-        super().__init__("worker", "streams.worker", settings, config_file)
+    def __init__(self, settings: Settings, config_file: Path | None, module: str = "streams.worker") -> None:
+        super().__init__("worker", module, settings, config_file)
         self._folder = settings.worker.data_folder
         self._ledger = DeathLedger(settings.worker.poison_deaths)
 

@@ -132,7 +132,14 @@ class Worker:
             raise BrokerUnavailable(f"Kafka at {bootstrap_servers(settings)} cannot be reached: {error!r}") from error
         self.sender = Sender(self.producer)
         self.item_stats = ItemStats(
-            settings, self.names, self.counters, self.sender, self.state, self.epoch, may_write=self.may_write
+            settings,
+            self.names,
+            self.counters,
+            self.sender,
+            self.state,
+            self.epoch,
+            may_write=self.may_write,
+            is_refused=self.suspects.is_refused,
         )
         self.pipeline = Pipeline(
             settings,

@@ -22,16 +22,20 @@ from models.user_batch import read_vectors
 from models.user_row import ROW, decode_rows, empty_rows, guard_of
 from models.user_state import Outcome, apply, user_event
 from streams.catalogue_mirror import CatalogueState
+from streams.dead_letters import Letter
 from streams.decode import decode
 from streams.item_stats import CHECKPOINT_KEY, ItemRecord, batches, decode_item
 from streams.model_slot import BOOTSTRAP_VERSION
 from streams.topic_ids import epoch, topic_ids
 from tests.integration.conftest import read_topic
-from tests.integration.workers import World, now_ms
+from tests.integration.workers import WorkerProcess, World, now_ms
 
 VECTOR_TOLERANCE = 5e-3
 UserKey = tuple[int, bytes]
 """(partition, key)."""
+Places = frozenset[tuple[int, int]]
+"""(partition, offset) of events."""
+NOWHERE: Places = frozenset()
 
 
 @dataclass
@@ -63,8 +67,11 @@ class _Message:
         return cls(r.topic, r.partition, r.offset, r.timestamp / 1000, r.key, r.value, r.headers)
 
 
-async def expected(world: World, *, refuse: frozenset[tuple[int, int]] = frozenset()) -> Expected:
-    """Compute from the events topic what must have happened. ``refuse``: offsets that must not touch a row."""
+async def expected(world: World, *, refuse: Places = NOWHERE, fatal: Places = NOWHERE) -> Expected:
+    """Compute from the events topic what must have happened.
+
+    ``refuse``: events that must touch no row, though they count; ``fatal``: events that must touch nothing.
+    """
     settings = world.settings
     catalogue = await _catalogue(world)
     topic_epoch = epoch((await topic_ids(settings, [world.names.events]))[world.names.events])
@@ -75,17 +82,19 @@ async def expected(world: World, *, refuse: frozenset[tuple[int, int]] = frozens
     surfaces = [default, *sorted(s for s in settings.recommender.surfaces if s != default)]
     found = Expected()
     for record in await read_topic(settings, world.names.events):
-        key = (record.partition, record.key or b"")
+        key, place = (record.partition, record.key or b""), (record.partition, record.offset)
+        if place in fatal:
+            continue
         try:
             decoded = decode(
                 _Message.of(record), settings.events, settings.topics.partitions, is_known=key in found.rows
             )
         except RecordError as error:
-            found.refused[(record.partition, record.offset)] = error.reason
+            found.refused[place] = error.reason
             continue
         found.accepted += 1
         counters.add(record.partition, batches([decoded], settings.counters)[record.partition])
-        if (record.partition, record.offset) in refuse:
+        if place in refuse:
             continue
         event = user_event(decoded.event, 0, decoded.offset, decoded.time_ms, settings.user_state, surfaces)
         rows, outcomes = apply(
@@ -192,9 +201,9 @@ def slate_differences(world: World, want: Expected, slates: list[Any]) -> list[s
     return found
 
 
-async def differences(world: World, *, refuse: frozenset[tuple[int, int]] = frozenset()) -> list[str]:
+async def differences(world: World, *, refuse: Places = NOWHERE, fatal: Places = NOWHERE) -> list[str]:
     """Return in words all differences between the topics and what the log says; nothing where all is as it must be."""
-    want = await expected(world, refuse=refuse)
+    want = await expected(world, refuse=refuse, fatal=fatal)
     highest, last = await changelog_rows(world)
     found = row_differences(want.rows, highest)
     found += [f"{key}: the last record is not the owner's" for key in highest if last[key] != highest[key]]
@@ -205,7 +214,7 @@ async def differences(world: World, *, refuse: frozenset[tuple[int, int]] = froz
         if committed.get(partition) != end:
             found.append(f"partition {partition}: committed {committed.get(partition)}, end {end}")
     letters = {(x.source_partition, x.source_offset): x.reason for x in await world.letters()}
-    wanted_letters = want.refused | {place: letters.get(place, "no letter") for place in refuse}
+    wanted_letters = want.refused | dict.fromkeys(refuse, "processing-error") | dict.fromkeys(fatal, "fatal-event")
     if letters != wanted_letters:
         found.append(f"dead letters {letters}, must be {wanted_letters}")
     totals = await item_totals(world)
@@ -215,16 +224,51 @@ async def differences(world: World, *, refuse: frozenset[tuple[int, int]] = froz
     return found
 
 
-async def assert_exact(
-    world: World, *, refuse: frozenset[tuple[int, int]] = frozenset(), within_seconds: float = 15.0
-) -> None:
+async def assert_exact(world: World, *, fatal: Places = NOWHERE, within_seconds: float = 15.0) -> None:
     """Fail unless rows, counts, slates, letters and offsets are those that the log makes.
 
     Everything but the counters stands when the offsets are committed; those are published a moment later.
     """
     await world.wait_committed()
     deadline = time.monotonic() + within_seconds
-    while found := await differences(world, refuse=refuse):
+    while found := await differences(world, fatal=fatal):
         if time.monotonic() > deadline:
             raise AssertionError(f"{len(found)} differences:\n" + "\n".join(found[:40]))
         await asyncio.sleep(0.5)
+
+
+@dataclass
+class Scene:
+    """What stood on the topics when a scenario was over."""
+
+    letters: list[Letter]
+    differences: list[str]
+    rows: dict[bytes, Any]
+    """Row by user id, shape [1]."""
+    slates: list[Any]
+    metrics: dict[str, float]
+    exit_code: int | None
+    """Of the worker; None where it still ran, under the process id that it began with."""
+
+
+async def look(world: World, worker: WorkerProcess, *, refuse: Places = NOWHERE, fatal: Places = NOWHERE) -> Scene:
+    """Wait until everything is processed and published, and return what stands on the topics."""
+    await world.wait_committed(40)
+    deadline = time.monotonic() + 15
+    while (found := await differences(world, refuse=refuse, fatal=fatal)) and time.monotonic() < deadline:
+        await asyncio.sleep(0.5)
+    rows, _ = await changelog_rows(world)
+    return Scene(
+        letters=await world.letters(),
+        differences=found,
+        rows={key: decode_rows([row]) for (_, key), row in rows.items()},
+        slates=await world.slates(),
+        metrics={
+            "dead_letters": await worker.metric("millstream_dead_letters_total", topic="events"),
+            "degraded": await worker.metric("millstream_slates_degraded_total", cause="ranking-error"),
+            "update_errors": await worker.metric("millstream_processing_errors_total", stage="update"),
+            "rank_errors": await worker.metric("millstream_processing_errors_total", stage="rank"),
+            "recovered": await worker.metric("millstream_recovered_rows_total"),
+        },
+        exit_code=worker.returncode,
+    )

@@ -1,0 +1,44 @@
+"""The worker with errors of our own built in, for tests alone: ``python -m tests.integration.faulty_worker``.
+
+An event on the item "poison" raises in the update of rows, one on "deadly" kills the process there, and a slate for
+a user whose id begins with "unrankable" raises in ranking.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Sequence
+from typing import Any
+
+from models.hashing import hash64
+from models.recommender import Recommender
+from models.user_state import UserEvent
+from streams import pipeline, worker
+
+
+def main() -> None:
+    """Build the errors in and run the worker."""
+    apply = pipeline.apply
+    recommend = Recommender.recommend
+    poison, deadly = hash64("poison"), hash64("deadly")
+
+    def faulty_apply(rows: Any, events: Sequence[UserEvent], *args: Any, **kwargs: Any) -> Any:
+        if any(deadly in event.items for event in events):
+            os.kill(os.getpid(), signal.SIGKILL)
+        if any(poison in event.items for event in events):
+            raise ZeroDivisionError("the poison works")
+        return apply(rows, events, *args, **kwargs)
+
+    def faulty_recommend(self: Recommender, rows: Any, requests: Sequence[Any], now_ms: int) -> Any:
+        if any(request.user_id.startswith("unrankable") for request in requests):
+            raise IndexError("cannot rank this one")
+        return recommend(self, rows, requests, now_ms)
+
+    pipeline.apply = faulty_apply
+    Recommender.recommend = faulty_recommend  # type: ignore[method-assign]
+    worker.main()
+
+
+if __name__ == "__main__":
+    main()
