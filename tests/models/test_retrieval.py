@@ -205,6 +205,12 @@ def test_recall_of_exact_search_is_one() -> None:
     assert index.recall(vectors_of(50, seed=2), 20) == 1.0
 
 
+def test_recall_counts_what_a_narrow_search_misses() -> None:
+    narrow = RetrievalConfig(exact_below=1, hnsw_neighbours=4, hnsw_build_width=8, hnsw_search_width=8)
+    index, vectors = graph_of(4_000, narrow)
+    assert index.recall(vectors[:100], 50) < 0.9
+
+
 def test_closed_index_builds_no_more_but_searches() -> None:
     index, vectors = graph_of(600)
     index.close()
