@@ -96,7 +96,8 @@ def assemble(winners: Winners, catalogue: Catalogue) -> list[list[RecommendedIte
         slate = []
         for i in range(counts[b]):
             source, near = sources[i], nearest[i]
-            if near >= 0 and source in _LIKED_SOURCES:
+            # A popular item that nobody clicked yet is there for being new: being near says more.
+            if near >= 0 and (source in _LIKED_SOURCES or (source == POPULAR and not trending[i])):
                 reason = known.get((near, actions[i]))
                 if reason is None:
                     reason = known[near, actions[i]] = because_clicked(catalogue, near, actions[i])
