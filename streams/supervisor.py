@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import os
 import signal
 import sys
 import time
 from pathlib import Path
+from typing import IO
 
 import structlog
 
+from models.errors import SettingsError
 from streams.exit_codes import FINAL, ExitCode
 from streams.in_flight import DeathLedger, Suspects, read_mark
 from streams.logs import configure
@@ -24,6 +27,7 @@ from streams.settings import CONFIG_FILE_VARIABLE, Settings
 
 log = structlog.get_logger(__name__)
 
+LOCK_FILE = "lock"
 STABLE_SECONDS = 60.0
 """A child that lived this long starts the wait from the beginning again."""
 STOP_SECONDS = 60.0
@@ -124,6 +128,7 @@ class WorkerChild(Child):
 async def supervise(settings: Settings, config_file: Path | None = None) -> int:
     """Run worker and encoder until SIGTERM or SIGINT; returns the exit code of the command."""
     configure(settings.worker.log_level, settings.worker.log_format)
+    lock = _lock(settings.worker.data_folder)
     Suspects().save(settings.worker.data_folder)
     worker = WorkerChild(settings, config_file)
     encoder = Child("encoder", "streams.encoder_process", settings, config_file)
@@ -146,4 +151,20 @@ async def supervise(settings: Settings, config_file: Path | None = None) -> int:
     if stopping.is_set():
         codes = [task.result() for task in tasks]
         code = next((c for c in codes if c not in (0, -signal.SIGTERM, -signal.SIGINT)), 0)
+    lock.close()
     return code if code >= 0 else 128 - code
+
+
+def _lock(folder: Path) -> IO[str]:
+    """Hold the data folder for this supervisor; the kernel lets go when it ends, however it ends."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = (folder / LOCK_FILE).open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        raise SettingsError(
+            f"another worker uses the data folder {folder}; give each its own: MILLSTREAM_WORKER__DATA_FOLDER, and "
+            "MILLSTREAM_WORKER__PORT"
+        ) from None
+    return file

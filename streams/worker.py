@@ -21,7 +21,7 @@ import structlog
 from aiokafka.errors import KafkaError
 
 from models.counters import ItemCounters
-from models.errors import BrokerUnavailable, FencedError, MillstreamError, TopicRecreatedError
+from models.errors import BrokerUnavailable, FencedError, MillstreamError, SettingsError, TopicRecreatedError
 from models.recommender import Recommender
 from models.user_state import UserReader
 from streams import faust_patches
@@ -86,6 +86,7 @@ class Worker:
         self.stopping = asyncio.Event()
         self.failure: asyncio.Future[ExitCode] = asyncio.get_running_loop().create_future()
         self.is_ready = False
+        self._counted: set[int] = set()
         self._ticked_at = time.monotonic()
         self._mirror_letters: list[tuple[Record, MillstreamError]] = []
         self._tasks: list[asyncio.Task[None]] = []
@@ -105,7 +106,13 @@ class Worker:
             live=lambda: None,
             ready=lambda: None if self.is_ready else "not processing events yet",
         )
-        await health.start()
+        try:
+            await health.start()
+        except OSError as error:
+            raise SettingsError(
+                f"worker.port {self.settings.worker.port} cannot be listened on ({error}); set "
+                "MILLSTREAM_WORKER__PORT to another one, 0 takes a free one"
+            ) from error
         log.info("health_listens", port=health.port)
         try:
             await self._start()
@@ -235,19 +242,24 @@ class Worker:
         gained = partitions - self.rows.partitions
         self.profiles.keep_only(partitions)
         self.users_mirror.assign(partitions)
-        await self.item_stats.keep_only(partitions - gained)
+        # Counters are taken over last and apart: a rebalance in the middle leaves rows that are whole and counters that
+        # are not.
+        self._counted &= partitions - gained
+        await self.item_stats.keep_only(self._counted)
         log.info("taking_over", partitions=sorted(partitions), gained=sorted(gained), stale=sorted(stale))
         self.metrics.recovered.inc(await self.rows.recover(gained))
         await self._gate()
-        committed = await self._committed(gained)
+        uncounted = partitions - self._counted
+        committed = await self._committed(uncounted)
         at_once = asyncio.Semaphore(TAKE_OVERS_AT_ONCE)
 
         async def take_over(partition: int) -> None:
             async with at_once:
                 if self.app.consumer_generation_id == generation:
                     await self.item_stats.take_over(partition, committed.get(partition, 0))
+                    self._counted.add(partition)
 
-        await asyncio.gather(*map(take_over, sorted(gained)))
+        await asyncio.gather(*map(take_over, sorted(uncounted)))
         if self.app.consumer_generation_id != generation:
             return
         # What was loaded stays: without this every collection walks the whole catalogue and table.
