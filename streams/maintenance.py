@@ -196,6 +196,9 @@ class Maintenance:
             partitions = worker.rows.partitions
             metrics.table_rows.set(sum(len(worker.rows.rows_of(p)) for p in partitions))
             metrics.table_bytes.set(sum(worker.rows.row_bytes.values()))
+            metrics.counter_backlog.set(worker.item_stats.backlog)
+            metrics.counter_dropped.set(worker.counters.dropped_touches)
+            metrics.counter_refused.set(worker.item_stats.refused_records)
             metrics.index_items.set(len(worker.model.vector_index))
             metrics.catalogue_items.set(len(worker.catalogue))
             for mirror in worker.mirrors:

@@ -94,6 +94,19 @@ class Metrics:
         self.dead_letters = Counter(
             "millstream_dead_letters", "Refused records by topic and reason.", ["topic", "reason"], registry=registry
         )
+        self.counter_backlog = Gauge(
+            "millstream_counter_backlog_items",
+            "Items whose counts wait for the publication rate cap.",
+            registry=registry,
+        )
+        self.counter_dropped = Gauge(
+            "millstream_counter_dropped_touches",
+            "Counts of unknown items left out since the start: counters.max_unknown_items is reached.",
+            registry=registry,
+        )
+        self.counter_refused = Gauge(
+            "millstream_counter_refused_records", "Unreadable item-stats records since the start.", registry=registry
+        )
         self.unknown_items = Counter(
             "millstream_unknown_items", "Actions on items that the catalogue does not know.", registry=registry
         )
