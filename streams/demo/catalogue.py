@@ -77,7 +77,7 @@ def make_films(count: int, seed: int) -> list[Film]:
         director = _pick(rng, tuple(directors_of(genre)))
         text = (
             f"{_pick(rng, words.heroes)} {_pick(rng, words.stories)} in {place}. "
-            f"{_article(genre)} {genre} film of the {decade}s by {director}."
+            f"{_article(words.phrase)} {words.phrase} of the {decade}s by {director}."
         )
         films.append(Film(f"film-{len(films) + 1:04d}", title, genre, decade, director, text))
     return [films[i] for i in rng.permutation(count)]
@@ -92,7 +92,6 @@ def _title(rng: np.random.Generator, noun: str, adjective: str, place: str) -> s
         f"{adjective} {noun}",
         f"The {noun} of {of_place}",
         f"{_pick(rng, FIRST_NAMES)}'s {noun}",
-        f"{short_place}: The {adjective} {noun}",
         f"{noun} at {_pick(rng, ('Dawn', 'Dusk', 'Midnight', 'Noon'))}",
         f"Beyond the {adjective} {noun}",
     )

@@ -8,8 +8,9 @@ from typing import Final
 
 @dataclass(frozen=True, slots=True)
 class Genre:
-    """What films of one genre are about."""
+    """What films of one genre are about. ``phrase`` is how a text calls such a film."""
 
+    phrase: str
     nouns: tuple[str, ...]
     adjectives: tuple[str, ...]
     heroes: tuple[str, ...]
@@ -23,6 +24,7 @@ def _words(text: str) -> tuple[str, ...]:
 
 GENRES: Final[dict[str, Genre]] = {
     "western": Genre(
+        "western",
         _words(
             "Saddle|Marshal|Canyon|Stagecoach|Revolver|Homestead|Outlaw|Prairie|Gunslinger|Cattle Trail|Bounty|Noose"
         ),
@@ -34,7 +36,8 @@ GENRES: Final[dict[str, Genre]] = {
         ),
         _words("Red Gulch|Silver Creek|Wyoming|the Texas plains|Dry Fork"),
     ),
-    "science fiction": Genre(
+    "sci-fi": Genre(
+        "science fiction film",
         _words("Orbit|Starship|Signal|Android|Colony|Nebula|Airlock|Wormhole|Satellite|Module|Planet|Cryosleep"),
         _words("Silent|Seventh|Synthetic|Distant|Frozen|Parallel|Outer|Infinite"),
         _words("A starship engineer|An android|A colony doctor|A lone astronaut|A quantum physicist"),
@@ -45,6 +48,7 @@ GENRES: Final[dict[str, Genre]] = {
         _words("Mars|Saturn's rings|a moon colony|deep space|Europa Station"),
     ),
     "horror": Genre(
+        "horror film",
         _words("Crypt|Scream|Coffin|Haunting|Cellar|Demon|Possession|Graveyard|Curse|Vampire|Seance|Asylum"),
         _words("Unholy|Whispering|Rotting|Pale|Hollow|Cursed|Undead|Blood-Red"),
         _words("A young bride|A sceptical priest|A group of students|A night nurse|An orphan"),
@@ -55,6 +59,7 @@ GENRES: Final[dict[str, Genre]] = {
         _words("Ravenmoor|a decaying mansion|Hollow Wood|the old asylum|Salem's Edge"),
     ),
     "romance": Genre(
+        "romance",
         _words("Letter|Wedding|Kiss|Sweetheart|Summer|Bouquet|Valentine|Honeymoon|Embrace|Serenade|Promise|Heart"),
         _words("Tender|Secret|Unsent|Lovers'|First|Parisian|Moonlit|Second"),
         _words("A lonely florist|A pianist|A wedding planner|A widowed teacher|A shy bookseller"),
@@ -66,6 +71,7 @@ GENRES: Final[dict[str, Genre]] = {
         _words("Paris|Venice|a seaside town|Lisbon|a small vineyard"),
     ),
     "war": Genre(
+        "war film",
         _words(
             "Trench|Battalion|Convoy|Regiment|Bunker|Armistice|Platoon|Bombardier|Front|Beachhead|Minefield|Garrison"
         ),
@@ -79,6 +85,7 @@ GENRES: Final[dict[str, Genre]] = {
         _words("Normandy|the Eastern front|the Ardennes|Burma|Monte Corvo"),
     ),
     "musical": Genre(
+        "musical",
         _words(
             "Melody|Chorus|Tap Dancer|Stage Door|Encore|Cabaret|Songbird|Ballroom|Orchestra|Footlights|Rhythm|Spotlight"
         ),
@@ -91,6 +98,7 @@ GENRES: Final[dict[str, Genre]] = {
         _words("Broadway|a London music hall|a travelling revue|New Orleans|the Grand Theatre"),
     ),
     "crime": Genre(
+        "crime film",
         _words(
             "Heist|Alibi|Detective|Racket|Informer|Getaway|Blackmail|Safecracker|Syndicate|Witness|Verdict|Fingerprint"
         ),
@@ -103,6 +111,7 @@ GENRES: Final[dict[str, Genre]] = {
         _words("Chicago|the docks of Marseille|Los Angeles|a rainy Glasgow|the city court"),
     ),
     "comedy": Genre(
+        "comedy",
         _words(
             "Misunderstanding|Mother-in-Law|Roommate|Vacation|Nephew|Reunion|Neighbour|Bachelor|Disguise|Prank|Butler|Mix-Up"
         ),
@@ -113,9 +122,10 @@ GENRES: Final[dict[str, Genre]] = {
             "pretends to be a millionaire for a week|"
             "gets locked in a department store overnight|takes the worst family holiday of all time"
         ),
-        _words("a run-down hotel|the suburbs|a campsite|a boarding school|a grand hotel at sea"),
+        _words("a run-down hotel|the suburbs|a campsite|a boarding school|a cruise liner"),
     ),
     "fantasy": Genre(
+        "fantasy film",
         _words("Dragon|Sorcerer|Sword|Kingdom|Enchantress|Amulet|Prophecy|Griffin|Rune|Throne|Elf|Talisman"),
         _words("Enchanted|Ancient|Sapphire|Dragon's|Hidden|Elven|Spellbound|Winged"),
         _words("A farm boy|An exiled princess|A young sorceress|A dwarf smith|The last dragon rider"),
@@ -127,6 +137,7 @@ GENRES: Final[dict[str, Genre]] = {
         _words("the kingdom of Aldermere|the elven forest|the Crystal Mountains|Dragonholm|the Isle of Runes"),
     ),
     "sports": Genre(
+        "sports film",
         _words(
             "Championship|Underdog|Goalkeeper|Knockout|Marathon|Relay|Coach|Home Run|Final Whistle|Sprint|Racket|Season"
         ),
@@ -138,7 +149,8 @@ GENRES: Final[dict[str, Genre]] = {
         ),
         _words("the national stadium|a small-town gym|the Olympic Games|Wembley|a basketball court in the Bronx"),
     ),
-    "nature documentary": Genre(
+    "nature": Genre(
+        "nature documentary",
         _words("Migration|Glacier|Rainforest|Coral Reef|Wolves|Whales|Savannah|Penguins|Tundra|Eagles|Elephants|Tides"),
         _words("Wild|Great|Vanishing|Arctic|Living|Untamed|Deep|Secret"),
         _words("A patient film crew|A marine biologist|A herd of elephants|A family of wolves|An ornithologist"),
@@ -150,6 +162,7 @@ GENRES: Final[dict[str, Genre]] = {
         _words("the Serengeti|Antarctica|the Amazon rainforest|the Great Barrier Reef|the Carpathians"),
     ),
     "adventure": Genre(
+        "adventure film",
         _words("Treasure|Expedition|Pirate|Jungle|Temple|Compass|Shipwreck|Caravan|Explorer|Lost City|Voyage|Galleon"),
         _words("Sunken|Forbidden|Golden|Perilous|Emerald|Stormy|Uncharted|Hidden"),
         _words("A daring archaeologist|A cabin boy|A smuggler captain|A mapmaker's daughter|An explorer"),

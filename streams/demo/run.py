@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import signal
 import time
 from collections.abc import Awaitable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final, TypeVar
 
 import numpy as np
@@ -69,7 +71,7 @@ async def run(settings: Settings, options: DemoOptions) -> tuple[int, list[str]]
         options.duration_seconds,
         stage.metrics,
     )
-    with _signals(stopping), View(scene, plain=options.plain) as view:
+    with _signals(stopping), _logs_to(stage.log), View(scene, plain=options.plain) as view:
         showing = asyncio.create_task(_show(view))
         try:
             await _unless(stopping, stage.up(films, min(ENOUGH_FILMS, options.items)))
@@ -96,6 +98,7 @@ async def _act(stage: Stage, scene: Scene, traffic: Traffic, view: View, stoppin
                 await asyncio.wait_for(stopping.wait(), 1 / REFRESHES_PER_SECOND)
                 break
         scene.stopping = True
+        view.say("waiting for the last slates")
 
     await traffic.run(asyncio.create_task(until()))
 
@@ -135,6 +138,21 @@ def _signals(stopping: asyncio.Event) -> Iterator[None]:
             loop.remove_signal_handler(number)
 
 
+@contextlib.contextmanager
+def _logs_to(file: Path) -> Iterator[None]:
+    """Keep what Kafka's client says out of the view: on a broker that just started it retries aloud."""
+    handler = logging.FileHandler(file, "w", encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
+    root = logging.getLogger()
+    before = list(root.handlers)
+    root.handlers[:] = [handler]
+    try:
+        yield
+    finally:
+        root.handlers[:] = before
+        handler.close()
+
+
 def _verdict(scene: Scene, stage: Stage, problem: str | None, *, interrupted: bool) -> tuple[int, list[str]]:
     statistics = scene.statistics
     failure = problem or statistics.failure()
@@ -154,20 +172,20 @@ def summary(scene: Scene) -> list[str]:
         f"events sent        {statistics.events:,} by {scene.persons} simulated users",
         f"slates received    {statistics.slates:,} ({statistics.degraded:,} degraded); {freshness.answered:,} of "
         f"{freshness.triggers:,} requests and clicks answered",
-        f"freshness          p50 {milliseconds(p50)}, p99 {milliseconds(p99)}, from the trigger in Kafka to the slate "
-        "at the user",
+        f"freshness          p50 {milliseconds(p50)}, p99 {milliseconds(p99)} "
+        "(trigger in Kafka to slate in the user's hands)",
     ]
     bounds = [scene.metrics.freshness_bound_ms(share) for share in (0.5, 0.99)]
     if all(bound is not None for bound in bounds):
         within = " and ".join(
             f"{name} within {milliseconds(bound or 0.0)}" for name, bound in zip(("p50", "p99"), bounds, strict=True)
         )
-        lines.append(f"                   the worker itself says: {within}, to the broker's acknowledgement")
+        lines.append(f"                   the worker's own metrics: {within}")
     intervals = statistics.clicks.intervals()
     if intervals is not None:
         ours, popular, difference = intervals
         lines += [
-            f"click rate         millstream {ours}, popularity {popular} of slates clicked",
-            f"                   difference {difference} (95 %, pairs of users with the same taste)",
+            f"click rate         millstream {ours}, popularity {popular}",
+            f"                   difference {difference} (95 % interval over users)",
         ]
     return lines

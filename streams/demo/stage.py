@@ -122,7 +122,9 @@ class Stage:
     def __init__(self, base: Settings, say: Say) -> None:
         self.run_id = f"demo-{uuid.uuid4().hex[:8]}"
         self.folder = FOLDER.absolute() / self.run_id
-        self.worker_log = FOLDER.absolute() / "worker.log"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.log = self.folder.parent / "demo.log"
+        self.worker_log = self.folder.parent / "worker.log"
         self.settings = demo_settings(base, self.run_id, self.folder, broker.free_ports(1)[0])
         self.metrics = WorkerMetrics()
         self._say = say
@@ -136,7 +138,6 @@ class Stage:
 
         Raises BrokerUnavailable, LayoutError, DeliveryError or DemoError.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
         await self._start_kafka()
         self._say(f"creating topics {self.run_id}.*")
         self._has_topics = True
@@ -153,8 +154,9 @@ class Stage:
         if self._worker is None or self._worker.returncode is None:
             return None
         code = self._worker.returncode
-        why = ExitCode(code).name.lower() if code in ExitCode._value2member_map_ else "unknown"
-        return f"the worker ended with exit code {code} ({why}); its log ends with:\n{self._last_words()}"
+        why = f"{code}, {ExitCode(code).name.lower()}" if code in ExitCode._value2member_map_ else str(code)
+        how = f"with exit code {why}" if code >= 0 else f"by signal {-code}"
+        return f"the worker ended {how}; its log ends with:\n{self._last_words()}"
 
     async def down(self) -> None:
         """End the worker and everything it started, delete the topics, stop Kafka if it was started here."""

@@ -93,9 +93,9 @@ def _header(scene: Scene, now: float) -> Panel:
         right = Text("getting ready  ·  Ctrl-C stops", style=QUIET)
     else:
         left_seconds = max(0.0, scene.ends_at - now)
-        doing = "waiting for the last slates" if scene.stopping else f"{left_seconds:.0f} s left  ·  Ctrl-C stops"
+        doing = f"{scene.steps[-1]} …" if scene.stopping else f"{left_seconds:.0f} s left  ·  Ctrl-C stops"
         right = Text(doing, style=QUIET)
-    title = Text.assemble(("Millstream", LOUD), f"  {scene.persons} simulated users, one click away from a fresh slate")
+    title = Text.assemble(("Millstream", LOUD), f"  {scene.persons} simulated users")
     line.add_row(title, right)
     return Panel(line, border_style="blue")
 
@@ -116,8 +116,8 @@ def _stream(scene: Scene, now: float) -> Panel:
         ("events/s", rate, LOUD),
         ("events", f"{statistics.events:,}", ""),
         ("slates", f"{statistics.slates:,}", ""),
-        ("not answered yet", f"{statistics.freshness.unanswered:,}", ""),
-        ("films searchable", f"{metrics.searchable:,} / {len(scene.films):,}", ""),
+        ("slates awaited", f"{statistics.freshness.unanswered:,}", ""),
+        ("searchable", f"{metrics.searchable:,} / {len(scene.films):,}", ""),
     ]
     bar = ProgressBar(total=len(scene.films), completed=metrics.searchable, complete_style="blue")
     return Panel(Group(_pairs(rows), bar), title="Kafka", title_align="left")
@@ -134,7 +134,7 @@ def _freshness(scene: Scene, now: float) -> Panel:
     recent_name = f"last {RECENT_SECONDS:.0f} s"
     table.add_row(recent_name, *[Text(milliseconds(value), style=f"{LOUD} {GOOD}") for value in recent])
     table.add_row("whole run", *[Text(milliseconds(value)) for value in overall])
-    note = Text("from the click in Kafka to the\nnew slate at the user", style=QUIET)
+    note = Text("click in Kafka to\nnew slate at the user", style=QUIET)
     return Panel(Group(table, Text(""), note), title="Freshness", title_align="left")
 
 
@@ -151,7 +151,7 @@ def _clicks(scene: Scene, now: float) -> Panel:
         table.add_row(*row)
         share = 0.0 if math.isnan(recent) else recent
         table.add_row(ProgressBar(total=1.0, completed=share, width=BAR_WIDTH, complete_style=style), "", "")
-    note = Text("slates clicked; same tastes in both halves", style=QUIET)
+    note = Text("share of slates clicked", style=QUIET)
     return Panel(Group(table, note), title="Click rate", title_align="left")
 
 
@@ -178,29 +178,30 @@ def _story(scene: Scene) -> Panel:
 
 
 def _slates(scene: Scene, story: Story) -> Table:
-    table = Table(box=None, expand=True, padding=(0, 1), header_style=QUIET)
+    table = Table(box=None, expand=True, padding=(0, 1, 0, 0), header_style=QUIET)
     table.add_column("", width=1)
     table.add_column("slate before the last click", ratio=9, no_wrap=True, overflow="ellipsis")
     table.add_column("", width=1)
     took = f"slate {milliseconds(story.took_ms)} after it" if not math.isnan(story.took_ms) else "slate after it"
-    table.add_column(took, ratio=9, no_wrap=True, overflow="ellipsis")
-    table.add_column("why", ratio=8, no_wrap=True, overflow="ellipsis")
+    table.add_column(took, ratio=10, no_wrap=True, overflow="ellipsis")
     clicked = story.clicks[-1][1]
     for place in range(max(len(story.before), len(story.after))):
         before = story.before[place] if place < len(story.before) else None
         after = story.after[place] if place < len(story.after) else None
+        new = NEW if after and after.is_new else ""
+        was = Text(_name(scene, before), style=LOUD if before and before.item_id == clicked else "")
+        why = Text(f"\n{after.reason}" if after else "", style=QUIET)
         table.add_row(
-            str(place + 1),
-            _cell(scene, before, LOUD if before and before.item_id == clicked else ""),
-            Text("●" if after and after.is_new else "", style=NEW),
-            _cell(scene, after, NEW if after and after.is_new else ""),
-            Text(after.reason if after else "", style=QUIET),
+            Text(str(place + 1), style=QUIET),
+            was,
+            Text("●" if new else "", style=new),
+            Text.assemble((_name(scene, after), new), why),
         )
     return table
 
 
-def _cell(scene: Scene, line: Line | None, style: str) -> Text:
-    return Text("" if line is None else _label(scene, line.item_id), style=style)
+def _name(scene: Scene, line: Line | None) -> str:
+    return "" if line is None else _label(scene, line.item_id)
 
 
 def _label(scene: Scene, item_id: str) -> str:
@@ -215,7 +216,8 @@ def story_lines(scene: Scene) -> list[str]:
         return []
     took = f", {milliseconds(story.took_ms)} later" if not math.isnan(story.took_ms) else ""
     lines = [
-        f"one click's story: {story.user_id} ({scene.story_taste}; hidden from the recommender)",
+        f"one click's story: {story.user_id} {scene.story_taste}",
+        "  (hidden from the recommender)",
         f"  clicked {_label(scene, story.clicks[-1][1])}",
         "  slate before:",
         *[f"      {line.position}. {_label(scene, line.item_id)}" for line in story.before],
@@ -223,7 +225,8 @@ def story_lines(scene: Scene) -> list[str]:
     ]
     for line in story.after:
         mark = "+" if line.is_new else " "
-        lines.append(f"    {mark} {line.position}. {_label(scene, line.item_id)}: {line.reason}")
+        lines.append(f"    {mark} {line.position}. {_label(scene, line.item_id)}")
+        lines.append(f"         {line.reason}")
     return lines
 
 
