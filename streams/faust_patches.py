@@ -73,6 +73,23 @@ class DirectConsumer(Consumer):  # type: ignore[misc]
     needed only where the callback may block, that is when a queue is full or the flow is suspended.
     """
 
+    is_rewound = False
+
+    async def rewind(self, topic: str) -> None:
+        """Commit offset 0 of each assigned partition of ``topic``, and nothing more from then on.
+
+        For a topic that was created again under the running process: what was committed belongs to the deleted one,
+        and the next process would skip as many events of the new one without a word.
+        """
+        self.is_rewound = True
+        offsets = {tp: 0 for tp in self.assignment() if tp.topic == topic}
+        if offsets:
+            await super()._commit(offsets)
+
+    async def _commit(self, offsets: Any) -> bool:
+        """Commit, unless the offsets were rewound."""
+        return False if self.is_rewound else bool(await super()._commit(offsets))
+
     async def wait_first(self, *coros: Any, timeout: Any = None) -> Any:
         """Run a lone hand-over coroutine directly as long as it does not block; else as Faust does."""
         if len(coros) == 2 and timeout is None and asyncio.iscoroutine(coros[0]):

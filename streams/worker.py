@@ -21,7 +21,14 @@ import structlog
 from aiokafka.errors import KafkaError
 
 from models.counters import ItemCounters
-from models.errors import BrokerUnavailable, FencedError, MillstreamError, SettingsError, TopicRecreatedError
+from models.errors import (
+    BrokerUnavailable,
+    FencedError,
+    LayoutError,
+    MillstreamError,
+    SettingsError,
+    TopicRecreatedError,
+)
 from models.recommender import Recommender
 from models.user_state import UserReader
 from streams import faust_patches
@@ -55,7 +62,7 @@ log = structlog.get_logger(__name__)
 JSON = (("content-type", b"application/json"),)
 IDLE_SECONDS = 0.5
 TICK_SECONDS = 0.25
-EPOCH_CHECK_SECONDS = 5.0
+EPOCH_CHECK_SECONDS = 2.0
 TAKE_OVERS_AT_ONCE = 6
 
 
@@ -235,8 +242,22 @@ class Worker:
     # -- ownership -----------------------------------------------------------------------------------------------
 
     async def _take_over(self, partitions: set[int], generation: int) -> None:
+        """Own ``partitions`` and return, or end the process with the code of what went wrong."""
+        try:
+            await self._own(partitions, generation)
+        except asyncio.CancelledError:
+            raise
+        except Exception as error:
+            self.fail(error, "take-over")
+            # Faust would take an error for one of its own, and a return for leave to deliver events.
+            await asyncio.Event().wait()
+
+    async def _own(self, partitions: set[int], generation: int) -> None:
         """Make this process the owner of ``partitions``: rows, profiles, counters; returns when they may be served."""
         self.is_ready = False
+        if partitions:
+            # A deleted topic that comes back brings a rebalance with it: none of its events is taken for an old one.
+            await self._require_epoch()
         self.metrics.rebalances.inc()
         stale = await self.rows.keep_current(partitions)
         gained = partitions - self.rows.partitions
@@ -448,21 +469,30 @@ class Worker:
             self._ticked_at = time.monotonic()
             await asyncio.sleep(TICK_SECONDS)
 
+    async def _require_epoch(self) -> None:
+        """Raise TopicRecreatedError when the events topic is not the one that this process started on."""
+        found = await topic_ids(self.settings, [self.names.events])
+        if epoch(found[self.names.events]) != self.epoch:
+            raise TopicRecreatedError(
+                f"{self.names.events} was deleted and created again; rows and counters are kept, their guards "
+                "start again with the new topic's first offset"
+            )
+
     async def _watch_epoch(self) -> None:
-        """End the process when the events topic is not the one that it started on."""
+        """End the process when the events topic was created again; while it is missing, say so and wait for it."""
         while True:
             await asyncio.sleep(EPOCH_CHECK_SECONDS)
             try:
-                found = await topic_ids(self.settings, [self.names.events])
+                await self._require_epoch()
             except (KafkaError, OSError, BrokerUnavailable) as error:
                 self.metrics.kafka_errors.labels("epoch").inc()
                 log.warning("epoch_unknown", error=repr(error))
-                continue
-            if epoch(found[self.names.events]) != self.epoch:
-                raise TopicRecreatedError(
-                    f"{self.names.events} was deleted and created again; rows and counters are kept, their guards "
-                    "start again with the new topic's first offset"
-                )
+            except LayoutError as error:
+                self.is_ready = False
+                log.error("events_topic_missing", error=str(error))
+            except TopicRecreatedError:
+                await self.app.consumer.rewind(self.names.events)
+                raise
 
     async def _watch_faust(self) -> None:
         """Notice that Faust crashed or stopped by itself."""

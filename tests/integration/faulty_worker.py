@@ -19,7 +19,8 @@ from streams import pipeline, worker
 
 def main() -> None:
     """Build the errors in and run the worker."""
-    apply = pipeline.apply
+    updating: Any = pipeline
+    apply = updating.apply
     recommend = Recommender.recommend
     poison, deadly = hash64("poison"), hash64("deadly")
 
@@ -35,7 +36,7 @@ def main() -> None:
             raise IndexError("cannot rank this one")
         return recommend(self, rows, requests, now_ms)
 
-    pipeline.apply = faulty_apply
+    updating.apply = faulty_apply
     Recommender.recommend = faulty_recommend  # type: ignore[method-assign]
     worker.main()
 

@@ -67,10 +67,13 @@ class _Message:
         return cls(r.topic, r.partition, r.offset, r.timestamp / 1000, r.key, r.value, r.headers)
 
 
-async def expected(world: World, *, refuse: Places = NOWHERE, fatal: Places = NOWHERE) -> Expected:
+async def expected(
+    world: World, *, refuse: Places = NOWHERE, fatal: Places = NOWHERE, before: Expected | None = None
+) -> Expected:
     """Compute from the events topic what must have happened.
 
-    ``refuse``: events that must touch no row, though they count; ``fatal``: events that must touch nothing.
+    ``refuse``: events that must touch no row, though they count; ``fatal``: events that must touch nothing;
+    ``before``: what an events topic made that was deleted since.
     """
     settings = world.settings
     catalogue = await _catalogue(world)
@@ -80,7 +83,7 @@ async def expected(world: World, *, refuse: Places = NOWHERE, fatal: Places = NO
         counters.own(partition)
     default = settings.recommender.default_surface
     surfaces = [default, *sorted(s for s in settings.recommender.surfaces if s != default)]
-    found = Expected()
+    found = Expected(rows=dict(before.rows)) if before else Expected()
     for record in await read_topic(settings, world.names.events):
         key, place = (record.partition, record.key or b""), (record.partition, record.offset)
         if place in fatal:
@@ -112,7 +115,11 @@ async def expected(world: World, *, refuse: Places = NOWHERE, fatal: Places = NO
     totals = counters.totals(np.arange(len(counters.index)))
     totals[:, 2] *= WEIGHT_UNIT
     for row, (impressions, clicks, weights) in enumerate(np.rint(totals).astype(int).tolist()):
-        found.totals[counters.index.item_id(row)] = (impressions, clicks, weights)
+        item_id = counters.index.item_id(row)
+        old = before.totals.get(item_id, (0, 0, 0)) if before else (0, 0, 0)
+        found.totals[item_id] = (old[0] + impressions, old[1] + clicks, old[2] + weights)
+    for item_id in before.totals if before else ():
+        found.totals.setdefault(item_id, before.totals[item_id])  # type: ignore[union-attr]
     return found
 
 
@@ -137,10 +144,16 @@ async def changelog_rows(world: World) -> tuple[dict[UserKey, bytes], dict[UserK
     """Return the rows on the changelog by user: those with the highest guard, and those written last."""
     highest: dict[UserKey, bytes] = {}
     last: dict[UserKey, bytes] = {}
+    now = epoch((await topic_ids(world.settings, [world.names.events]))[world.names.events])
+
+    def guard(row: bytes) -> tuple[bool, int]:
+        """A row that has seen the present log is newer than one that has not."""
+        return guard_of(row)[0] == now, guard_of(row)[1]
+
     for record in await read_topic(world.settings, world.names.user_table_changelog):
         key = (record.partition, record.key)
         last[key] = record.value
-        if key not in highest or guard_of(record.value)[1] >= guard_of(highest[key])[1]:
+        if key not in highest or guard(record.value) >= guard(highest[key]):
             highest[key] = record.value
     return highest, last
 
@@ -201,9 +214,11 @@ def slate_differences(world: World, want: Expected, slates: list[Any]) -> list[s
     return found
 
 
-async def differences(world: World, *, refuse: Places = NOWHERE, fatal: Places = NOWHERE) -> list[str]:
+async def differences(
+    world: World, *, refuse: Places = NOWHERE, fatal: Places = NOWHERE, before: Expected | None = None
+) -> list[str]:
     """Return in words all differences between the topics and what the log says; nothing where all is as it must be."""
-    want = await expected(world, refuse=refuse, fatal=fatal)
+    want = await expected(world, refuse=refuse, fatal=fatal, before=before)
     highest, last = await changelog_rows(world)
     found = row_differences(want.rows, highest)
     found += [f"{key}: the last record is not the owner's" for key in highest if last[key] != highest[key]]
@@ -224,17 +239,23 @@ async def differences(world: World, *, refuse: Places = NOWHERE, fatal: Places =
     return found
 
 
-async def assert_exact(world: World, *, fatal: Places = NOWHERE, within_seconds: float = 15.0) -> None:
-    """Fail unless rows, counts, slates, letters and offsets are those that the log makes.
-
-    Everything but the counters stands when the offsets are committed; those are published a moment later.
-    """
-    await world.wait_committed()
-    deadline = time.monotonic() + within_seconds
-    while found := await differences(world, fatal=fatal):
-        if time.monotonic() > deadline:
-            raise AssertionError(f"{len(found)} differences:\n" + "\n".join(found[:40]))
+async def lasting_differences(
+    world: World, *, refuse: Places = NOWHERE, fatal: Places = NOWHERE, before: Expected | None = None
+) -> list[str]:
+    """Return the differences that are left after a while: counters are published a moment after the commit."""
+    deadline = time.monotonic() + 15
+    while True:
+        found = await differences(world, refuse=refuse, fatal=fatal, before=before)
+        if not found or time.monotonic() > deadline:
+            return found
         await asyncio.sleep(0.5)
+
+
+async def assert_exact(world: World, *, fatal: Places = NOWHERE, before: Expected | None = None) -> None:
+    """Fail unless rows, counts, slates, letters and offsets are those that the log makes."""
+    await world.wait_committed()
+    found = await lasting_differences(world, fatal=fatal, before=before)
+    assert not found, f"{len(found)} differences:\n" + "\n".join(found[:40])
 
 
 @dataclass
@@ -254,9 +275,7 @@ class Scene:
 async def look(world: World, worker: WorkerProcess, *, refuse: Places = NOWHERE, fatal: Places = NOWHERE) -> Scene:
     """Wait until everything is processed and published, and return what stands on the topics."""
     await world.wait_committed(40)
-    deadline = time.monotonic() + 15
-    while (found := await differences(world, refuse=refuse, fatal=fatal)) and time.monotonic() < deadline:
-        await asyncio.sleep(0.5)
+    found = await lasting_differences(world, refuse=refuse, fatal=fatal)
     rows, _ = await changelog_rows(world)
     return Scene(
         letters=await world.letters(),
