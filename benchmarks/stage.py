@@ -200,6 +200,9 @@ async def stage(bench: Bench, name: str, *, users: int = 0, **sections: dict[str
         async with TopicWriter(settings, *wanted) as writer:
             made = Stage(bench, name, settings, names, writer, found, children)
             await made._publish_catalogue()
+            # Only a user with a taste has the index searched.
+            warm_up = Keyed(WARM_UP_USER.encode(), bench.world.rows(found)[0])
+            await made.send(names.user_table_changelog, [warm_up])
             if users:
                 await made.publish_rows(users)
             yield made

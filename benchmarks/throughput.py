@@ -1,8 +1,9 @@
 """How many events a worker takes that has a backlog: clicks that bring slates, clicks without, impressions.
 
-The backlog is written in one go to a worker that is ready, its graph of items built. Slates are counted on their
-topic, by broker time. What sends nothing outside is counted by the worker's metrics, which rise only when the broker
-has acknowledged the rows.
+The backlog is written in one go while the worker, ready and its graph of items built, is held by SIGSTOP: so it is a
+backlog in whole, and its writing takes nothing from the worker. Slates are counted on their topic, by broker time.
+What sends nothing outside is counted by the worker's metrics, which rise only when the broker has acknowledged the
+rows.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ SLATES_A_SECOND: Final = 1_000
 ACTIONS_A_SECOND: Final = 6_000
 IMPRESSIONS_A_SECOND: Final = 1_500
 ROW_BYTES: Final = 1_024
-NO_SLATES: Final = {"max_trigger_age_seconds": 0.001}
+SILENT_AGE_SECONDS: Final = 1.0
+"""Greatest age of a trigger where no slates are wanted: the backlog is older when the worker sees it."""
 
 
 async def slates(bench: Bench) -> None:
@@ -52,9 +54,10 @@ async def slates(bench: Bench) -> None:
 
 async def actions(bench: Bench) -> None:
     """Clicks that change rows and counters and are too old for a slate."""
+    silent = {"max_trigger_age_seconds": SILENT_AGE_SECONDS}
     account = CpuAccount()
-    async with stage(bench, "actions", users=bench.sizes.users, worker=NO_SLATES) as made:
-        worker = await _silent_worker(made)
+    async with stage(bench, "actions", users=bench.sizes.users, worker=silent) as made:
+        worker = await made.worker()
         await _rate(made, worker, _clicks(bench, bench.sizes.actions), "action", "actions without a slate")
     bench.report.beside["actions"] = account.describe()
 
@@ -69,15 +72,6 @@ async def impressions(bench: Bench) -> None:
         shown = [bench.world.impression(_user(i, sizes.users), now_ms) for i in range(sizes.impressions)]
         await _rate(made, worker, shown, "impression", f"impressions of {SLATE} items")
     bench.report.beside["impressions"] = account.describe()
-
-
-async def _silent_worker(made: Stage) -> WorkerProcess:
-    """Start a worker that sends no slates: nothing searches its index, so no build need be waited for."""
-    worker = WorkerProcess(made.settings, made.folder, profile=made.bench.profile)
-    made.children.append(worker)
-    await worker.wait_ready()
-    await worker.wait_for(lambda: not worker.is_building(), 120.0, "its graph of items")
-    return worker
 
 
 def _user(n: int, users: int) -> int:
@@ -97,20 +91,15 @@ async def _warm_up(made: Stage, worker: WorkerProcess) -> None:
     shown = [made.bench.world.impression(_user(i, users), now_ms) for i in range(WARM_UP_EVENTS)]
     await made.send(made.names.events, shown)
     await made.send(made.names.events, _clicks(made.bench, WARM_UP_EVENTS))
-    await _until(worker, WARM_UP_EVENTS, "action")
+    await _until(worker, WARM_UP_EVENTS, "action", [(time.perf_counter(), 0.0)])
 
 
 async def _rate(made: Stage, worker: WorkerProcess, records: Sequence[Keyed], kind: str, name: str) -> None:
     """Measure events per second by the worker's counter, from its first reading above zero to its last."""
     target = {"action": ACTIONS_A_SECOND, "impression": IMPRESSIONS_A_SECOND}[kind]
     before = await worker.metric("millstream_slates_total")
-    sending = asyncio.create_task(_take_in(made, worker, records, kind))
     readings: list[tuple[float, float]] = []
-    while not sending.done():
-        count = await worker.metric("millstream_events_total", type=kind)
-        readings.append((time.perf_counter(), count))
-        await asyncio.sleep(POLL_SECONDS)
-    profile = await sending
+    profile = await _take_in(made, worker, records, kind, readings)
     base = readings[0][1]
     moving = [(at, count) for at, count in readings if base < count < base + len(records)]
     if len(moving) < 2:
@@ -122,21 +111,36 @@ async def _rate(made: Stage, worker: WorkerProcess, records: Sequence[Keyed], ki
     await _finish(made, worker, figure, profile)
 
 
-async def _take_in(made: Stage, worker: WorkerProcess, records: Sequence[Keyed], kind: str) -> str:
-    """Write the backlog and return when the worker has acknowledged it; returns the profile, "" without one."""
+async def _take_in(
+    made: Stage,
+    worker: WorkerProcess,
+    records: Sequence[Keyed],
+    kind: str,
+    readings: list[tuple[float, float]] | None = None,
+) -> str:
+    """Write the backlog and return when the worker has acknowledged it; returns the profile, "" without one.
+
+    ``readings`` gets (time, events done so far), the first one from before.
+    """
     before = await worker.metric("millstream_events_total", type=kind)
-    worker.start_profile()
-    await made.send(made.names.events, records)
-    await _until(worker, int(before) + len(records), kind)
+    readings = [] if readings is None else readings
+    readings.append((time.perf_counter(), before))
+    with worker.paused():
+        await made.send(made.names.events, records)
+        await asyncio.sleep(2 * SILENT_AGE_SECONDS)
+        worker.start_profile()
+    await _until(worker, int(before) + len(records), kind, readings)
     return await worker.end_profile()
 
 
-async def _until(worker: WorkerProcess, count: int, kind: str) -> None:
+async def _until(worker: WorkerProcess, wanted: int, kind: str, readings: list[tuple[float, float]]) -> None:
     deadline = time.monotonic() + LIMIT_SECONDS
-    while await worker.metric("millstream_events_total", type=kind) < count:
+    while readings[-1][1] < wanted:
         if worker.process.poll() is not None or time.monotonic() > deadline:
-            raise BenchmarkError(f"the worker did not take {count} events in:\n{worker.tail()}")
+            raise BenchmarkError(f"the worker did not take {wanted} events in:\n{worker.tail()}")
         await asyncio.sleep(POLL_SECONDS)
+        count = await worker.metric("millstream_events_total", type=kind)
+        readings.append((time.perf_counter(), count))
 
 
 async def _stages(worker: WorkerProcess) -> str:
