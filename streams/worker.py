@@ -248,6 +248,8 @@ class Worker:
         except asyncio.CancelledError:
             raise
         except Exception as error:
+            if isinstance(error, KafkaError | OSError):
+                error = BrokerUnavailable(f"partitions could not be taken over: {error!r}; nothing was changed")
             self.fail(error, "take-over")
             # Faust would take an error for one of its own, and a return for leave to deliver events.
             await asyncio.Event().wait()

@@ -23,6 +23,7 @@ from typing import Any
 import msgspec
 import numpy as np
 from aiokafka import TopicPartition
+from aiokafka.errors import KafkaError
 from prometheus_client.parser import text_string_to_metric_families
 
 from models.bootstrap import Space, _kept_file, find_space, save_space, space_id
@@ -216,7 +217,11 @@ class World:
         ends = {p: end for p, end in (await self.end_offsets(self.names.events)).items() if end}
 
         async def all_committed() -> bool:
-            done = await self.committed()
+            try:
+                done = await self.committed()
+            except KafkaError:
+                # A broker that has just come back may not know the group's coordinator yet.
+                return False
             return all(done.get(p, 0) >= end for p, end in ends.items())
 
         await wait_until(all_committed, timeout_seconds, f"offsets {ends} are committed", every_seconds=0.2)
