@@ -12,6 +12,8 @@ from models.events import Item
 from streams.demo.films import DECADES, FIRST_NAMES, GENRES, LAST_NAMES
 
 MOST_FILMS: Final = 5_000
+LONGEST_TITLE: Final = 28
+"""Characters: what fits twice into a line of the view."""
 _DIRECTORS_OF_A_GENRE: Final = 4
 
 
@@ -69,8 +71,8 @@ def make_films(count: int, seed: int) -> list[Film]:
         noun, adjective, place = _pick(rng, words.nouns), _pick(rng, words.adjectives), _pick(rng, words.places)
         title = _title(rng, noun, adjective, place)
         if title in titles:
-            title = f"{title} {_pick(rng, ('Returns', 'II', 'III', 'Revisited', 'Forever'))}"
-        if title in titles:
+            title = f"{title} {_pick(rng, ('Returns', 'II', 'III', 'Forever'))}"
+        if title in titles or len(title) > LONGEST_TITLE:
             continue
         titles.add(title)
         decade = int(rng.choice(DECADES))

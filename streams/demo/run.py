@@ -35,7 +35,7 @@ class DemoOptions:
     """What the command line gives."""
 
     duration_seconds: float = 120.0
-    users: int = 160
+    users: int = 240
     events_per_second: float = 80.0
     items: int = 1_200
     seed: int = 7

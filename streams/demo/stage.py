@@ -132,6 +132,7 @@ class Stage:
         self._has_topics = False
         self._worker: asyncio.subprocess.Process | None = None
         self._watching: asyncio.Task[None] | None = None
+        self._family: dict[int, psutil.Process] = {}
 
     async def up(self, films: Sequence[Film], enough: int) -> None:
         """Start everything; returns when ``enough`` films are searchable.
@@ -230,23 +231,31 @@ class Stage:
             with contextlib.suppress(OSError):
                 self.metrics.read(await asyncio.to_thread(_get, f"{address}/metrics"))
                 self.metrics.ready = await asyncio.to_thread(_is_ok, f"{address}/ready")
+            self._know_family()
             await asyncio.sleep(SCRAPE_SECONDS)
+
+    def _know_family(self) -> None:
+        """Note the supervisor's children while it lives: killed, it could no longer be asked for them."""
+        if self._worker is not None and self._worker.returncode is None:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                supervisor = psutil.Process(self._worker.pid)
+                self._family |= {p.pid: p for p in (supervisor, *supervisor.children(recursive=True))}
 
     async def _stop_worker(self) -> None:
         worker = self._worker
         if worker is None:
             return
-        family = _family(worker.pid)
+        self._know_family()
+        family = list(self._family.values())
         if worker.returncode is None:
             worker.send_signal(signal.SIGTERM)
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(worker.wait(), STOP_SECONDS)
-        for process in family:
-            # By now only what did not stop by itself is left; a pid that was given anew is another process to psutil.
+        _, left = await asyncio.to_thread(psutil.wait_procs, family, STOP_SECONDS)
+        for process in left:
+            # A pid that was given anew meanwhile is another process to psutil, and is not touched.
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
+        await asyncio.to_thread(psutil.wait_procs, left, STOP_SECONDS)
         await worker.wait()
-        await asyncio.to_thread(psutil.wait_procs, family, STOP_SECONDS)
 
     async def _delete_topics(self) -> None:
         names = set(TopicNames.of(self.settings).all())
@@ -268,14 +277,6 @@ class Stage:
         except FileNotFoundError:
             return "(no log)"
         return "\n".join(f"  {line}" for line in lines)
-
-
-def _family(pid: int) -> list[psutil.Process]:
-    try:
-        process = psutil.Process(pid)
-        return [process, *process.children(recursive=True)]
-    except psutil.NoSuchProcess:
-        return []
 
 
 def _get(url: str) -> str:

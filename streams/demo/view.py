@@ -116,7 +116,7 @@ def _stream(scene: Scene, now: float) -> Panel:
         ("events/s", rate, LOUD),
         ("events", f"{statistics.events:,}", ""),
         ("slates", f"{statistics.slates:,}", ""),
-        ("slates awaited", f"{statistics.freshness.unanswered:,}", ""),
+        ("awaited", f"{statistics.freshness.unanswered:,}", ""),
         ("searchable", f"{metrics.searchable:,} / {len(scene.films):,}", ""),
     ]
     bar = ProgressBar(total=len(scene.films), completed=metrics.searchable, complete_style="blue")
