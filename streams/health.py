@@ -31,8 +31,8 @@ class HealthServer:
         """
         app = web.Application()
         app.router.add_get("/metrics", self._metrics)
-        app.router.add_get("/live", lambda _: _answer(self._live()))
-        app.router.add_get("/ready", lambda _: _answer(self._ready()))
+        app.router.add_get("/live", self._answer_live)
+        app.router.add_get("/ready", self._answer_ready)
         self._runner = web.AppRunner(app, access_log=None)
         await self._runner.setup()
         site = web.TCPSite(self._runner, self._host, self._port)
@@ -47,6 +47,12 @@ class HealthServer:
     async def _metrics(self, _: web.Request) -> web.Response:
         return web.Response(body=generate_latest(self._registry), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
+    async def _answer_live(self, _: web.Request) -> web.Response:
+        return _answer(self._live())
 
-async def _answer(problem: str | None) -> web.Response:
+    async def _answer_ready(self, _: web.Request) -> web.Response:
+        return _answer(self._ready())
+
+
+def _answer(problem: str | None) -> web.Response:
     return web.Response(text="ok\n") if problem is None else web.Response(text=problem + "\n", status=503)
