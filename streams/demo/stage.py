@@ -176,7 +176,13 @@ class Stage:
             self._say("starting Apache Kafka (the first start here fetches its jars)")
             # Before the start: a start that is interrupted half-way must be undone as well.
             self._own_kafka = True
-        found = await broker.start(self.settings)
+        starting = asyncio.create_task(broker.start(self.settings))
+        try:
+            found = await asyncio.shield(starting)
+        except asyncio.CancelledError:
+            # Cancelled half-way, a thread of it could start Kafka after it was stopped here.
+            await asyncio.wait([starting])
+            raise
         if not found.ready:
             raise BrokerUnavailable(f"Kafka at {bootstrap_servers(self.settings)} does not answer; nothing was started")
         # The worker must find this cluster, not look for one.
