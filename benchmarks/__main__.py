@@ -92,7 +92,7 @@ async def measure(options: argparse.Namespace, console: Console) -> Report:
     """Run the benchmarks that are asked for."""
     sizes = QUICK if options.quick else Sizes()
     wanted = options.only or list(BENCHMARKS)
-    report = Report(machine=machine(), command="python -m benchmarks " + " ".join(sys.argv[1:]))
+    report = Report(machine=machine(), command=_command(options))
     with tempfile.TemporaryDirectory(prefix="millstream-bench-", ignore_cleanup_errors=True) as scratch:
         folder = Path(scratch)
         async with kafka(folder) as servers:
@@ -105,6 +105,12 @@ async def measure(options: argparse.Namespace, console: Console) -> Report:
                 if name in wanted:
                     await one(bench, name)
     return report
+
+
+def _command(options: argparse.Namespace) -> str:
+    """Return the command that repeats the measurement; where its results went is nobody's concern."""
+    words = ["python -m benchmarks", *(f"--only {name}" for name in options.only or ())]
+    return " ".join(words + [f"--{flag}" for flag in ("quick", "profile") if getattr(options, flag)])
 
 
 async def one(bench: Bench, name: str) -> None:
@@ -137,6 +143,8 @@ def main() -> int:
     # A new topic's first produce requests are refused until its leaders are there; aiokafka says so and repeats them.
     logging.getLogger("aiokafka").setLevel(logging.ERROR)
     only_kafka_variables(console)
+    if options.write and (options.quick or options.only):
+        raise BenchmarkError("--write wants a whole run: docs/benchmarks.md was kept; leave --quick and --only out")
     report = asyncio.run(measure(options, console))
     for name, profile in report.profiles.items():
         console.rule(f"profile: {name}")
