@@ -7,6 +7,8 @@ STAMP := $(VENV)/.installed
 DURATION ?= 120
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
+# Each worker is a process of its own: without cached bytecode every start compiles torch and transformers again.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test check bench setup format clean
 
@@ -16,7 +18,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; set PYTHON="; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@test -x $(BIN)/uv || $(BIN)/python -m pip install --quiet uv
-	$(BIN)/uv pip install --python $(BIN)/python --quiet -c constraints.txt -e '.[cpu,minilm,demo,dev]'
+	$(BIN)/uv pip install --python $(BIN)/python --quiet --compile-bytecode -c constraints.txt -e '.[cpu,minilm,dev]'
 	@touch $@
 
 demo: setup  ## simulated users on a real Kafka, a live view in the terminal
