@@ -12,7 +12,9 @@ from typing import Any
 import structlog
 from faust.tables.manager import TableManager
 from faust.tables.recovery import Recovery
-from faust.transport.drivers.aiokafka import Consumer
+from faust.transport.drivers.aiokafka import AIOKafkaConsumerThread, Consumer
+
+from streams.kafka_clients import ISOLATION_LEVEL
 
 log = structlog.get_logger(__name__)
 
@@ -66,6 +68,15 @@ class GatedTableManager(TableManager):  # type: ignore[misc]
         return self._recovery
 
 
+class CommittedThread(AIOKafkaConsumerThread):  # type: ignore[misc]
+    """Consumer thread that leaves out events of transactions that were aborted: Faust ties that to its exactly_once."""
+
+    def _create_worker_consumer(self, transport: Any) -> Any:
+        consumer = super()._create_worker_consumer(transport)
+        consumer._isolation_level = ISOLATION_LEVEL
+        return consumer
+
+
 class DirectConsumer(Consumer):  # type: ignore[misc]
     """Consumer whose hand-over to the queue costs no task per message.
 
@@ -74,6 +85,9 @@ class DirectConsumer(Consumer):  # type: ignore[misc]
     """
 
     is_rewound = False
+
+    def _new_consumer_thread(self) -> CommittedThread:
+        return CommittedThread(self, loop=self.loop, beacon=self.beacon)
 
     async def rewind(self, topic: str) -> None:
         """Commit offset 0 of each assigned partition of ``topic``, and nothing more from then on.

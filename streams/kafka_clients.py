@@ -15,6 +15,8 @@ from streams.settings import KafkaSettings, Settings
 BOOTSTRAP_FILE = "bootstrap-servers"
 """File in the local broker's folder that holds host:port while it runs."""
 MAX_REQUEST_BYTES = 8 << 20
+ISOLATION_LEVEL = "read_committed"
+"""A record of a transaction that was aborted is none, whoever reads it: the worker, a mirror, a recovery."""
 
 
 def bootstrap_servers(settings: Settings) -> str:
@@ -68,6 +70,7 @@ def new_consumer(settings: Settings, *topics: str, **options: Any) -> AIOKafkaCo
     defaults: dict[str, Any] = {
         "enable_auto_commit": False,
         "auto_offset_reset": "earliest",
+        "isolation_level": ISOLATION_LEVEL,
         "max_partition_fetch_bytes": 1 << 20,
         "fetch_max_bytes": 16 << 20,
     }

@@ -87,6 +87,7 @@ async def expected(
     for record in await read_topic(settings, world.names.events):
         key, place = (record.partition, record.key or b""), (record.partition, record.offset)
         if place in fatal:
+            found.refused[place] = "fatal-event"
             continue
         try:
             decoded = decode(
@@ -98,6 +99,7 @@ async def expected(
         found.accepted += 1
         counters.add(record.partition, batches([decoded], settings.counters)[record.partition])
         if place in refuse:
+            found.refused[place] = "processing-error"
             continue
         event = user_event(decoded.event, 0, decoded.offset, decoded.time_ms, settings.user_state, surfaces)
         rows, outcomes = apply(
@@ -214,11 +216,8 @@ def slate_differences(world: World, want: Expected, slates: list[Any]) -> list[s
     return found
 
 
-async def differences(
-    world: World, *, refuse: Places = NOWHERE, fatal: Places = NOWHERE, before: Expected | None = None
-) -> list[str]:
+async def differences(world: World, want: Expected) -> list[str]:
     """Return in words all differences between the topics and what the log says; nothing where all is as it must be."""
-    want = await expected(world, refuse=refuse, fatal=fatal, before=before)
     highest, last = await changelog_rows(world)
     found = row_differences(want.rows, highest)
     found += [f"{key}: the last record is not the owner's" for key in highest if last[key] != highest[key]]
@@ -229,9 +228,8 @@ async def differences(
         if committed.get(partition) != end:
             found.append(f"partition {partition}: committed {committed.get(partition)}, end {end}")
     letters = {(x.source_partition, x.source_offset): x.reason for x in await world.letters()}
-    wanted_letters = want.refused | dict.fromkeys(refuse, "processing-error") | dict.fromkeys(fatal, "fatal-event")
-    if letters != wanted_letters:
-        found.append(f"dead letters {letters}, must be {wanted_letters}")
+    if letters != want.refused:
+        found.append(f"dead letters {letters}, must be {want.refused}")
     totals = await item_totals(world)
     for item_id in sorted(want.totals.keys() | totals.keys()):
         if totals.get(item_id, (0, 0, 0)) != want.totals.get(item_id, (0, 0, 0)):
@@ -239,13 +237,11 @@ async def differences(
     return found
 
 
-async def lasting_differences(
-    world: World, *, refuse: Places = NOWHERE, fatal: Places = NOWHERE, before: Expected | None = None
-) -> list[str]:
+async def lasting_differences(world: World, want: Expected) -> list[str]:
     """Return the differences that are left after a while: counters are published a moment after the commit."""
     deadline = time.monotonic() + 15
     while True:
-        found = await differences(world, refuse=refuse, fatal=fatal, before=before)
+        found = await differences(world, want)
         if not found or time.monotonic() > deadline:
             return found
         await asyncio.sleep(0.5)
@@ -254,7 +250,7 @@ async def lasting_differences(
 async def assert_exact(world: World, *, fatal: Places = NOWHERE, before: Expected | None = None) -> None:
     """Fail unless rows, counts, slates, letters and offsets are those that the log makes."""
     await world.wait_committed()
-    found = await lasting_differences(world, fatal=fatal, before=before)
+    found = await lasting_differences(world, await expected(world, fatal=fatal, before=before))
     assert not found, f"{len(found)} differences:\n" + "\n".join(found[:40])
 
 
@@ -272,10 +268,10 @@ class Scene:
     """Of the worker; None where it still ran, under the process id that it began with."""
 
 
-async def look(world: World, worker: WorkerProcess, *, refuse: Places = NOWHERE, fatal: Places = NOWHERE) -> Scene:
+async def look(world: World, worker: WorkerProcess, *, refuse: Places = NOWHERE) -> Scene:
     """Wait until everything is processed and published, and return what stands on the topics."""
     await world.wait_committed(40)
-    found = await lasting_differences(world, refuse=refuse, fatal=fatal)
+    found = await lasting_differences(world, await expected(world, refuse=refuse))
     rows, _ = await changelog_rows(world)
     return Scene(
         letters=await world.letters(),

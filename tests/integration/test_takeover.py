@@ -23,7 +23,7 @@ pytestmark = pytest.mark.integration
 
 @asynccontextmanager
 async def load(on: World, seed: int) -> AsyncIterator[None]:
-    """Publish a few hundred events a second as long as the block lasts."""
+    """Publish about a hundred events a second as long as the block lasts."""
     stop = asyncio.Event()
 
     async def run() -> None:
@@ -31,6 +31,7 @@ async def load(on: World, seed: int) -> AsyncIterator[None]:
         while not stop.is_set():
             await on.publish(traffic(20, 60, on.item_ids, seed=number))
             number += 1
+            await asyncio.sleep(0.1)
 
     task = asyncio.create_task(run())
     try:

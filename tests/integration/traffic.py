@@ -26,7 +26,7 @@ def traffic(count: int, users: int, item_ids: Sequence[str], *, seed: int = 1) -
         if events and rng.random() < 0.02:
             events.append(rng.choice(events[-200:]))
             continue
-        user = f"user-{seed}-{rng.randrange(users)}"
+        user = f"user-{rng.randrange(users)}"
         event: dict[str, Any] = {
             "event_id": f"{seed}-{number}",
             "event_time": start_ms + number * SPAN_MS // count,
