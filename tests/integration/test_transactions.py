@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from streams.kafka_clients import new_producer
-from tests.integration.conftest import SettingsWith
+from tests.integration.conftest import SettingsWith, wait_until
 from tests.integration.oracle import assert_exact, changelog_rows
 from tests.integration.traffic import traffic
 from tests.integration.workers import Record, World, now_ms, record, world
@@ -29,7 +29,11 @@ def click(user_id: str, number: int) -> dict[str, Any]:
 
 
 async def publish_in_transaction(on: World, records: list[Record], *, commit: bool) -> None:
-    """Send records in one transaction and commit or abort it."""
+    """Send records of one user in one transaction, commit or abort it, and return when its mark is in the log.
+
+    The coordinator answers before it writes the mark; an event that comes first would stand before it.
+    """
+    before = await log_length(on)
     producer = new_producer(on.settings, transactional_id=f"{on.settings.worker.group}-{commit}")
     await producer.start()
     try:
@@ -40,6 +44,16 @@ async def publish_in_transaction(on: World, records: list[Record], *, commit: bo
         await (producer.commit_transaction() if commit else producer.abort_transaction())
     finally:
         await producer.stop()
+
+    async def marked() -> bool:
+        return await log_length(on) == before + len(records) + 1
+
+    await wait_until(marked, 30, "the transaction's mark is written")
+
+
+async def log_length(on: World) -> int:
+    """Return how many records of any kind stand on the events topic, those of open transactions left out."""
+    return sum((await on.end_offsets(on.names.events)).values())
 
 
 async def test_committed_events_count_aborted_ones_do_not_and_both_hold_up_no_commit(
