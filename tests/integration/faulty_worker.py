@@ -1,7 +1,8 @@
 """The worker with errors of our own built in, for tests alone: ``python -m tests.integration.faulty_worker``.
 
 An event on the item "poison" raises in the update of rows, one on "deadly" kills the process there, and a slate for
-a user whose id begins with "unrankable" raises in ranking.
+a user whose id begins with "unrankable" raises in ranking. The batch of the user "row-only" is cut off by a death when
+only its rows are written, that of "slate-only" when only its slates are.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from models.hashing import hash64
 from models.recommender import Recommender
 from models.user_state import UserEvent
 from streams import pipeline, worker
+from streams.sender import Delivered, Outbox, Sender
 
 
 def main() -> None:
@@ -37,8 +39,24 @@ def main() -> None:
         return recommend(self, rows, requests, now_ms)
 
     updating.apply = faulty_apply
+    _cut_batches_off()
     Recommender.recommend = faulty_recommend  # type: ignore[method-assign]
     worker.main()
+
+
+def _cut_batches_off() -> None:
+    send = Sender.send
+
+    async def faulty_send(self: Sender, outbox: Outbox) -> list[Delivered]:
+        keys = {key for records in outbox.records.values() for key, _, _ in records}
+        ending = "-changelog" if b"row-only" in keys else ".recommendations.v1" if b"slate-only" in keys else None
+        if ending is None:
+            return await send(self, outbox)
+        await send(self, Outbox({place: r for place, r in outbox.records.items() if place[0].endswith(ending)}))
+        os.kill(os.getpid(), signal.SIGKILL)
+        raise AssertionError("this process is dead")
+
+    Sender.send = faulty_send  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":

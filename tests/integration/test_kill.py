@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from tests.integration.conftest import SettingsWith, wait_until
 from tests.integration.oracle import assert_exact
 from tests.integration.traffic import traffic
-from tests.integration.workers import World, world
+from tests.integration.workers import World, now_ms, record, world
 
 pytestmark = pytest.mark.integration
 
@@ -39,3 +40,17 @@ async def test_three_kills_under_load_lose_nothing_and_apply_nothing_twice(
         await on.ready_worker("last")
         await on.publish(traffic(300, 50, on.item_ids, seed=9))
         await assert_exact(on)
+
+
+@pytest.mark.parametrize(("user", "slates_sent"), [("row-only", 1), ("slate-only", 2)])
+async def test_a_death_between_a_row_and_its_slate_loses_neither_and_a_repeated_slate_has_the_same_id(
+    settings_with: SettingsWith, tmp_path: Path, user: str, slates_sent: int
+) -> None:
+    async with world(settings_with, tmp_path) as on:
+        click = {"type": "action", "event_id": "e-1", "user_id": user, "item_id": "item-1", "action": "click"}
+        await on.publish([*traffic(50, 10, on.item_ids), record(click | {"event_time": now_ms()})])
+        assert await on.worker("cut-off", "tests.integration.faulty_worker").exit_code() == -signal.SIGKILL
+        await on.ready_worker("next")
+        await assert_exact(on)
+        slates = [slate["recommendation_id"] for slate in await on.slates() if slate["user_id"] == user]
+    assert (len(slates), len(set(slates))) == (slates_sent, 1)
