@@ -34,7 +34,7 @@ from streams.exit_codes import ExitCode, exit_code
 from streams.kafka_clients import new_consumer, new_producer
 from streams.logs import configure
 from streams.mirror import Mirror, Record
-from streams.parent import die_with_parent, is_orphan
+from streams.parent import die_with_parent, is_orphan, supervisor_pid
 from streams.profiles import content_type
 from streams.query_protocol import Answer, Ask
 from streams.sender import Outbox, Sender
@@ -281,7 +281,7 @@ async def run(settings: Settings, encoder: Encoder) -> None:
             tasks.create_task(QueryServer(folder, encoder.encoder_id, queue).run(), name="query-server")
             tasks.create_task(mirror.run(all_partitions=False), name="mirror-item-vectors")
             tasks.create_task(consume(consumer, mirror, items, partitions), name="consume-items")
-            tasks.create_task(_watch_parent(os.getppid()), name="watch-parent")
+            tasks.create_task(_watch_parent(supervisor_pid()), name="watch-parent")
     except KafkaConnectionError as error:
         raise BrokerUnavailable(f"the encoder process cannot reach Kafka: {error}") from error
     finally:
@@ -318,7 +318,7 @@ def main() -> int:
         print(f"millstream: {error}", file=sys.stderr)
         return exit_code(error)
     configure(settings.worker.log_level, settings.worker.log_format)
-    die_with_parent(os.getppid())
+    die_with_parent(supervisor_pid())
     if hasattr(os, "nice"):
         os.nice(NICENESS)
     try:

@@ -11,15 +11,21 @@ from typing import Any
 
 import structlog
 from faust.tables.manager import TableManager
-from faust.tables.recovery import Recovery
+from faust.tables.recovery import Recovery, ServiceStopped
 from faust.transport.drivers.aiokafka import AIOKafkaConsumerThread, Consumer
 
+from models.errors import BrokerUnavailable
 from streams.kafka_clients import ISOLATION_LEVEL
 
 log = structlog.get_logger(__name__)
 
 TakeOver = Callable[[set[int], int], Awaitable[None]]
 """Called with the owned ``events`` partitions and the group generation before any of their events is delivered."""
+
+Fail = Callable[[BaseException, str], None]
+"""Ends the process because of an error in the place named."""
+LARGE_GAP = 100_000
+"""Offsets that are missing at once before it is said, and not put into Faust's list one by one."""
 
 
 class GatedRecovery(Recovery):  # type: ignore[misc]
@@ -31,6 +37,17 @@ class GatedRecovery(Recovery):  # type: ignore[misc]
         if title == "active":
             for tp in tps:
                 destination[tp] = max(self.active_highwaters[tp], -1)
+
+    async def _wait(self, coro: Any, timeout: Any = None) -> None:
+        """Wait as Faust does, but take a time-out for one: Faust takes it for a stop and falls silent for ever."""
+        try:
+            await super()._wait(coro, timeout)
+        except ServiceStopped:
+            app: Any = self.app
+            if self.should_stop or self.crashed or app.should_stop:
+                raise
+            app.fail_worker(BrokerUnavailable(f"no answer in {timeout} s while partitions were taken over"), "recovery")
+            await asyncio.Event().wait()
 
     async def on_recovery_completed(self, generation_id: int = 0) -> None:
         """Take over the state of the assigned partitions, then let their events flow.
@@ -103,6 +120,19 @@ class DirectConsumer(Consumer):  # type: ignore[misc]
     async def _commit(self, offsets: Any) -> bool:
         """Commit, unless the offsets were rewound."""
         return False if self.is_rewound else bool(await super()._commit(offsets))
+
+    async def _add_gap(self, tp: Any, offset_from: int, offset_to: int) -> None:
+        """Pass over offsets that do not exist; a large hole is what retention deleted before it was read.
+
+        Faust puts every missing offset into a list (48 bytes and 180 ns each, in one go): ten million on each of
+        twelve partitions hold the loop for longer than half a session, and the next start meets the same hole.
+        """
+        is_idle = not self._acked[tp] and not any(m.tp == tp for m in self._unacked_messages)
+        if offset_to - offset_from > LARGE_GAP and is_idle:
+            log.error("events_deleted_before_read", partition=tp.partition, first=offset_from, next=offset_to)
+            self._committed_offset[tp] = offset_to
+            return
+        await super()._add_gap(tp, offset_from, offset_to)
 
     async def wait_first(self, *coros: Any, timeout: Any = None) -> Any:
         """Run a lone hand-over coroutine directly as long as it does not block; else as Faust does."""

@@ -7,18 +7,21 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import structlog
+from aiokafka.errors import IllegalStateError, KafkaError
+from faust.exceptions import ConsumerNotStarted
 
 from models.errors import MillstreamError, RecordError
-from models.user_row import decode_rows, encode_rows, is_idle, is_marker, markers
+from models.user_row import ROW_BYTES, VERSION, decode_rows, encode_rows, is_idle, is_marker, markers
 from streams.exit_codes import ExitCode
 from streams.sender import Outbox
 
 if TYPE_CHECKING:
+    from streams.decode import Decoded
     from streams.worker import Worker
 
 log = structlog.get_logger(__name__)
@@ -30,6 +33,8 @@ EVICTION_ROWS = 2_000
 RECALL_SECONDS = 60.0
 RECALL_QUERIES = 16
 REPORT_SECONDS = 1.0
+LETTERS_AT_ONCE = 200
+"""A catalogue of bad records must not stand before the first slate."""
 WATCH_SECONDS = 1.0
 
 
@@ -57,6 +62,14 @@ class CommitWatch:
         return worst
 
 
+def next_offsets(read: Mapping[int, int | None], committed: Mapping[int, int]) -> dict[int, int]:
+    """Return the next offset to read of each partition, from Faust's ``_read_offset``.
+
+    That holds the last offset read while events flow, but the committed one, which is the next, after a seek.
+    """
+    return {p: o if o == committed.get(p) else o + 1 for p, o in read.items() if o is not None}
+
+
 class Maintenance:
     """The worker's housekeeping."""
 
@@ -68,13 +81,29 @@ class Maintenance:
         self._recall_turn = 0
         self._scan: Iterator[tuple[int, bytes]] | None = None
         self._letters: list[tuple[Any, MillstreamError]] = []
-        self.event_time_ms = 0
-        """Newest event time processed: the clock by which rows of an imported log are idle."""
+        self._event_ms = 0
+        self._broker_ms = 0
+
+    def see_times(self, accepted: Sequence[Decoded]) -> None:
+        """Follow the newest event time and broker time: the clocks by which rows are idle."""
+        for decoded in accepted:
+            self._event_ms = max(self._event_ms, decoded.time_ms)
+            self._broker_ms = max(self._broker_ms, decoded.broker_ms)
+
+    def _idle_clock_ms(self) -> int:
+        """Return the time against which idleness is measured; 0 before the first event: nothing is idle.
+
+        Never later than the newest event: a host whose clock stands months ahead must not evict every user. Under the
+        policy `trusted` event time counts, or an imported log of 2019 would be evicted as it is read.
+        """
+        if self._worker.settings.events.clock.policy == "trusted":
+            return self._event_ms
+        return min(time.time_ns() // 1_000_000, self._broker_ms)
 
     async def between_batches(self) -> None:
         """Do what is due; called by the agent when no batch is in work."""
         worker = self._worker
-        letters = worker.take_mirror_letters()
+        letters = worker.take_mirror_letters(LETTERS_AT_ONCE)
         now = time.monotonic()
         outbox = Outbox()
         if letters:
@@ -90,8 +119,10 @@ class Maintenance:
             puts = self._evict(outbox)
         if len(outbox):
             await worker.write(outbox, worker.app.consumer_generation_id)
+            # A rebalance does not wait for this: what left meanwhile is its new owner's.
             for partition, key, value in puts:
-                worker.rows.put(partition, key, value)
+                if partition in worker.rows.partitions:
+                    worker.rows.put(partition, key, value)
         if now - self._recall_at > RECALL_SECONDS:
             self._recall_at = now
             await self._check_recall()
@@ -106,10 +137,16 @@ class Maintenance:
 
     async def _repair(self, outbox: Outbox) -> None:
         worker = self._worker
-        for partition, key in await worker.rows.foreign_rows():
-            row = worker.rows.get(partition, key)
-            worker.rows.stage(outbox, partition, key, row)
-            worker.metrics.foreign_rows.inc()
+        try:
+            foreign = await worker.rows.foreign_rows()
+        except (KafkaError, OSError) as error:
+            worker.metrics.kafka_errors.labels("repair").inc()
+            log.warning("foreign_rows_unknown", error=repr(error))
+            return
+        for partition, key in foreign:
+            if partition in worker.rows.partitions:
+                worker.rows.stage(outbox, partition, key, worker.rows.get(partition, key))
+                worker.metrics.foreign_rows.inc()
 
     def _keys(self) -> Iterator[tuple[int, bytes]]:
         for partition in sorted(self._worker.rows.partitions):
@@ -126,11 +163,13 @@ class Maintenance:
         if not keys:
             self._scan = None
             return []
-        values = [worker.rows.get(p, k) for p, k in keys]
-        rows = decode_rows(values)
+        held = [(p, k, worker.rows.get(p, k)) for p, k in keys]
+        # A row of another version is left to the event that touches it: one dead letter there, a dead worker here.
+        kept = [(p, k, v) for p, k, v in held if v is not None and v[:1] == bytes([VERSION]) and len(v) <= ROW_BYTES]
+        keys = [(p, k) for p, k, _ in kept]
+        rows = decode_rows([v for _, _, v in kept])
         settings = worker.settings
-        live = settings.events.clock.policy == "live"
-        now_ms = time.time_ns() // 1_000_000 if live else self.event_time_ms
+        now_ms = self._idle_clock_ms()
         idle = is_idle(rows, now_ms, settings.worker.idle_eviction_days)
         marked = is_marker(rows)
         # A marker holds the guard for as long as an old event could still be read, and a day more.
@@ -176,8 +215,11 @@ class Maintenance:
                 watch = CommitWatch()
                 continue
             topic = worker.names.events
-            read = {tp.partition: o + 1 for tp, o in consumer._read_offset.items() if tp.topic == topic and o}
             done = {tp.partition: o for tp, o in consumer._committed_offset.items() if tp.topic == topic and o}
+            read = next_offsets({tp.partition: o for tp, o in consumer._read_offset.items() if tp.topic == topic}, done)
+            for partition, offset in worker.handed.items():
+                if partition in read:
+                    read[partition] = max(read[partition], offset)
             age = watch.oldest_seconds(read, done, time.monotonic())
             worker.metrics.commit_age.set(age)
             if age > worker.settings.worker.stuck_commit_seconds:
@@ -204,11 +246,24 @@ class Maintenance:
             for mirror in worker.mirrors:
                 metrics.mirror_lag.labels(mirror.topic).set(mirror.lag)
                 metrics.mirror_staleness.labels(mirror.topic).set(mirror.staleness_seconds())
-            consumer = worker.app.consumer
-            metrics.consumer_lag.clear()
-            for tp in consumer.assignment():
-                if tp.topic == worker.names.events:
-                    end = consumer.highwater(tp)
-                    read = consumer._read_offset.get(tp)
-                    if end is not None and read is not None:
-                        metrics.consumer_lag.labels(str(tp.partition)).set(max(0, end - read - 1))
+            self._report_lag()
+
+    def _report_lag(self) -> None:
+        """Set the lag of each partition; while the consumer starts or the group rebalances, leave it as it is."""
+        worker = self._worker
+        if not worker.is_ready:
+            return
+        consumer = worker.app.consumer
+        try:
+            lags = {
+                tp.partition: max(0, end - read - 1)
+                for tp in consumer.assignment()
+                if tp.topic == worker.names.events
+                and (end := consumer.highwater(tp)) is not None
+                and (read := consumer._read_offset.get(tp)) is not None
+            }
+        except (ConsumerNotStarted, AssertionError, IllegalStateError):
+            return
+        worker.metrics.consumer_lag.clear()
+        for partition, lag in lags.items():
+            worker.metrics.consumer_lag.labels(str(partition)).set(lag)

@@ -8,6 +8,13 @@ import signal
 import sys
 
 _PR_SET_PDEATHSIG = 1
+SUPERVISOR_VARIABLE = "MILLSTREAM_SUPERVISOR_PID"
+"""Set for a supervisor's children: seconds pass while a child imports, in which its parent may already die."""
+
+
+def supervisor_pid() -> int:
+    """Return the pid of the supervisor that started this process, else that of whoever did."""
+    return int(os.environ.get(SUPERVISOR_VARIABLE) or os.getppid())
 
 
 def die_with_parent(parent_pid: int | None = None) -> None:

@@ -22,6 +22,7 @@ from models.events import ClockPolicy
 from models.recommender import RecommenderConfig
 from models.retrieval import RetrievalConfig
 from models.user_state import UserStateConfig
+from streams.parent import SUPERVISOR_VARIABLE
 
 CONFIG_FILE_VARIABLE = "MILLSTREAM_CONFIG"
 DEFAULT_CONFIG_FILE = "millstream.toml"
@@ -177,7 +178,7 @@ class Settings(BaseSettings):
         return env_settings, init_settings
 
 
-_OWN_VARIABLES = {CONFIG_FILE_VARIABLE, "MILLSTREAM_TEST_BOOTSTRAP"}
+_OWN_VARIABLES = {CONFIG_FILE_VARIABLE, SUPERVISOR_VARIABLE, "MILLSTREAM_TEST_BOOTSTRAP"}
 
 
 def load(config_file: Path | None = None) -> Settings:

@@ -23,6 +23,7 @@ from models.errors import SettingsError
 from streams.exit_codes import FINAL, ExitCode
 from streams.in_flight import DeathLedger, Suspects, read_mark
 from streams.logs import configure
+from streams.parent import SUPERVISOR_VARIABLE
 from streams.settings import CONFIG_FILE_VARIABLE, Settings
 
 log = structlog.get_logger(__name__)
@@ -95,6 +96,7 @@ class Child:
         environment = dict(os.environ)
         if self._config_file is not None:
             environment[CONFIG_FILE_VARIABLE] = str(self._config_file.resolve())
+        environment[SUPERVISOR_VARIABLE] = str(os.getpid())
         # The libraries read these at import, before any setting can reach them.
         threads = str(self._settings.worker.threads)
         for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):

@@ -233,7 +233,7 @@ class UserRows:
                 if not _keep_newest(rows, record.key, record.value):
                     self._superseded.append((partition, record.key))
             count += len(records)
-        for partition in wanted:
+        for partition in set(wanted) - set(self._tails):
             self._store.partitions[partition] = loaded[partition]
             self._tails[partition] = _Tail(ends[partition], [])
             self.row_bytes[partition] = sum(map(len, loaded[partition].values()))
@@ -253,18 +253,22 @@ class UserRows:
                 tail.foreign.append((tail.next_offset, end))
                 tail.next_offset = end
             if tail.foreign:
-                ranges[partition] = tail.foreign
-                tail.foreign = []
-        found = {(p, key) for p, key in self._superseded if p in self._tails}
-        self._superseded.clear()
-        if not ranges:
-            return sorted(found)
+                ranges[partition] = list(tail.foreign)
+        superseded = list(self._superseded)
+        found = {(p, key) for p, key in superseded if p in self._tails}
         async for partition, records in self._read(ranges, {}, {p: r[0][0] for p, r in ranges.items()}):
             for record in records:
                 inside = any(low <= record.offset < high for low, high in ranges[partition])
                 if inside and record.key is not None:
                     found.add((partition, record.key))
-        log.warning("foreign_changelog_writes", rows=len(found), ranges=ranges)
+        # Forgotten only now: a read that fails is done again.
+        del self._superseded[: len(superseded)]
+        for partition, spans in ranges.items():
+            known = self._tails.get(partition)
+            if known is not None:
+                known.foreign = [span for span in known.foreign if span not in spans]
+        if found:
+            log.warning("foreign_changelog_writes", rows=len(found), ranges=ranges)
         return sorted(found)
 
     async def _end_offsets(self, partitions: Iterable[int]) -> dict[int, int]:
@@ -282,6 +286,9 @@ class UserRows:
         self, partitions: Iterable[int], ends: dict[int, int], starts: dict[int, int] | None = None
     ) -> AsyncIterator[tuple[int, list[Any]]]:
         """Yield (partition, records) from ``starts`` (else the beginning) to the end offsets, which go to ``ends``."""
+        partitions = list(partitions)
+        if not partitions:
+            return
         consumer = new_consumer(
             self._settings, max_partition_fetch_bytes=4 << 20, fetch_max_bytes=32 << 20, fetch_max_wait_ms=100
         )

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import gc
 import os
 import signal
 import sys
@@ -21,14 +20,8 @@ import structlog
 from aiokafka.errors import KafkaError
 
 from models.counters import ItemCounters
-from models.errors import (
-    BrokerUnavailable,
-    FencedError,
-    LayoutError,
-    MillstreamError,
-    SettingsError,
-    TopicRecreatedError,
-)
+from models.errors import BrokerUnavailable, FencedError, MillstreamError, SettingsError
+from models.events import Impression
 from models.recommender import Recommender
 from models.user_state import UserReader
 from streams import faust_patches
@@ -46,7 +39,8 @@ from streams.maintenance import Maintenance
 from streams.metrics import Metrics
 from streams.mirror import Mirror, Record
 from streams.model_slot import ModelSlot
-from streams.parent import die_with_parent
+from streams.ownership import Ownership
+from streams.parent import die_with_parent, supervisor_pid
 from streams.pipeline import Pipeline, Prepared, Refused, TextVectors, decode_batch
 from streams.profiles import Profiles
 from streams.query_client import QueryEncoderClient
@@ -62,8 +56,7 @@ log = structlog.get_logger(__name__)
 JSON = (("content-type", b"application/json"),)
 IDLE_SECONDS = 0.5
 TICK_SECONDS = 0.25
-EPOCH_CHECK_SECONDS = 2.0
-TAKE_OVERS_AT_ONCE = 6
+PORT_WAIT_SECONDS = 30.0
 
 
 class Worker:
@@ -93,7 +86,8 @@ class Worker:
         self.stopping = asyncio.Event()
         self.failure: asyncio.Future[ExitCode] = asyncio.get_running_loop().create_future()
         self.is_ready = False
-        self._counted: set[int] = set()
+        self.handed: dict[int, int] = {}
+        """Per partition the offset after the newest event that was taken from Faust."""
         self._ticked_at = time.monotonic()
         self._mirror_letters: list[tuple[Record, MillstreamError]] = []
         self._tasks: list[asyncio.Task[None]] = []
@@ -113,25 +107,41 @@ class Worker:
             live=lambda: None,
             ready=lambda: None if self.is_ready else "not processing events yet",
         )
+        await self._listen(health)
+        asked = asyncio.create_task(self.stopping.wait())
+        # The start ends with the first take-over: it must not hide a failure or a wish to stop until then.
+        starting = asyncio.create_task(self._start())
         try:
-            await health.start()
-        except OSError as error:
-            raise SettingsError(
-                f"worker.port {self.settings.worker.port} cannot be listened on ({error}); set "
-                "MILLSTREAM_WORKER__PORT to another one, 0 takes a free one"
-            ) from error
-        log.info("health_listens", port=health.port)
-        try:
-            await self._start()
-            waited: list[asyncio.Future[Any]] = [asyncio.create_task(self.stopping.wait()), self.failure]
-            await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
-            if self.failure.done():
-                return self.failure.result()
-            await self._stop_gracefully()
-            return ExitCode.STOPPED if not self.failure.done() else self.failure.result()
+            ended: set[asyncio.Future[Any]] = {self.failure, asked}
+            await asyncio.wait({starting, *ended}, return_when=asyncio.FIRST_COMPLETED)
+            if starting.done():
+                starting.result()
+                await asyncio.wait(ended, return_when=asyncio.FIRST_COMPLETED)
+            if not self.failure.done() and starting.done():
+                await self._stop_gracefully()
+            # Stopped in the middle of the start: nothing was acknowledged, nothing is to be saved.
+            return self.failure.result() if self.failure.done() else ExitCode.STOPPED
         finally:
             self.is_ready = False
             await health.stop()
+
+    async def _listen(self, health: HealthServer) -> None:
+        """Listen; wait a while for a port that the worker before this one still holds."""
+        deadline = time.monotonic() + PORT_WAIT_SECONDS
+        while True:
+            try:
+                await health.start()
+                break
+            except OSError as error:
+                await health.stop()
+                if time.monotonic() > deadline:
+                    raise SettingsError(
+                        f"worker.port {self.settings.worker.port} cannot be listened on ({error}); set "
+                        "MILLSTREAM_WORKER__PORT to another one, 0 takes a free one"
+                    ) from error
+                log.warning("port_in_use", port=self.settings.worker.port, waits_seconds=PORT_WAIT_SECONDS)
+                await asyncio.sleep(2.0)
+        log.info("health_listens", port=health.port)
 
     async def _start(self) -> None:
         settings = self.settings
@@ -179,7 +189,8 @@ class Worker:
         )
         self.users_mirror = Mirror(settings, self.names.users, self.profiles.apply)
         self.users_mirror.assign([])
-        self.app: Any = build(settings, self.names, self._agent, self._take_over)
+        self.ownership = Ownership(self)
+        self.app: Any = build(settings, self.names, self._agent, self.ownership.take_over, self.fail)
         self.rows = UserRows(settings, self.app.tables[TABLE_NAME].data, self.names.user_table_changelog)
         self.maintenance = Maintenance(self)
         self.mirrors = (
@@ -195,9 +206,15 @@ class Worker:
         self._spawn(self._tick(), "tick")
         self._spawn(self.maintenance.watch_commits(), "commit watchdog")
         self._spawn(self.maintenance.report(), "metrics")
-        self._spawn(self._watch_epoch(), "epoch")
+        self._spawn(self.ownership.watch_epoch(), "epoch")
         self._spawn(self._watch_faust(), "faust")
         await self.app.start()
+
+    def become_ready(self) -> None:
+        """Say that events are processed from now on."""
+        self.handed.clear()
+        self._ticked_at = time.monotonic()
+        self.is_ready = True
 
     def _spawn(self, coroutine: Awaitable[None], name: str) -> None:
         async def guarded() -> None:
@@ -239,76 +256,6 @@ class Worker:
         self.state.close()
         log.info("stopped")
 
-    # -- ownership -----------------------------------------------------------------------------------------------
-
-    async def _take_over(self, partitions: set[int], generation: int) -> None:
-        """Own ``partitions`` and return, or end the process with the code of what went wrong."""
-        try:
-            await self._own(partitions, generation)
-        except asyncio.CancelledError:
-            raise
-        except Exception as error:
-            if isinstance(error, KafkaError | OSError):
-                error = BrokerUnavailable(f"partitions could not be taken over: {error!r}; nothing was changed")
-            self.fail(error, "take-over")
-            # Faust would take an error for one of its own, and a return for leave to deliver events.
-            await asyncio.Event().wait()
-
-    async def _own(self, partitions: set[int], generation: int) -> None:
-        """Make this process the owner of ``partitions``: rows, profiles, counters; returns when they may be served."""
-        self.is_ready = False
-        if partitions:
-            # A deleted topic that comes back brings a rebalance with it: none of its events is taken for an old one.
-            await self._require_epoch()
-        self.metrics.rebalances.inc()
-        stale = await self.rows.keep_current(partitions)
-        gained = partitions - self.rows.partitions
-        self.profiles.keep_only(partitions)
-        self.users_mirror.assign(partitions)
-        # Counters are taken over last and apart: a rebalance in the middle leaves rows that are whole and counters that
-        # are not.
-        self._counted &= partitions - gained
-        await self.item_stats.keep_only(self._counted)
-        log.info("taking_over", partitions=sorted(partitions), gained=sorted(gained), stale=sorted(stale))
-        self.metrics.recovered.inc(await self.rows.recover(gained))
-        await self._gate()
-        uncounted = partitions - self._counted
-        committed = await self._committed(uncounted)
-        at_once = asyncio.Semaphore(TAKE_OVERS_AT_ONCE)
-
-        async def take_over(partition: int) -> None:
-            async with at_once:
-                if self.app.consumer_generation_id == generation:
-                    await self.item_stats.take_over(partition, committed.get(partition, 0))
-                    self._counted.add(partition)
-
-        await asyncio.gather(*map(take_over, sorted(uncounted)))
-        if self.app.consumer_generation_id != generation:
-            return
-        # What was loaded stays: without this every collection walks the whole catalogue and table.
-        gc.collect()
-        gc.freeze()
-        self._ticked_at = time.monotonic()
-        self.is_ready = True
-        log.info("ready", partitions=sorted(partitions), rows=sum(map(len, map(self.rows.rows_of, partitions))))
-
-    async def _gate(self) -> None:
-        """Wait until every mirror has passed the end offsets that stood when it started."""
-        for mirror in self.mirrors:
-            while not mirror.caught_up.is_set():
-                try:
-                    await asyncio.wait_for(mirror.caught_up.wait(), self.settings.worker.mirror_timeout_seconds)
-                except TimeoutError:
-                    log.warning("mirror_is_late", topic=mirror.topic, lag=mirror.lag)
-
-    async def _committed(self, partitions: set[int]) -> dict[int, int]:
-        offsets = await self.admin.list_consumer_group_offsets(self.settings.worker.group)
-        return {
-            tp.partition: found.offset
-            for tp, found in offsets.items()
-            if tp.topic == self.names.events and tp.partition in partitions and found.offset >= 0
-        }
-
     # -- events --------------------------------------------------------------------------------------------------
 
     async def _agent(self, stream: Any) -> None:
@@ -349,6 +296,8 @@ class Worker:
         metrics = self.metrics
         metrics.batch_events.observe(len(messages))
         self.mark.set((m.partition, m.offset) for m in messages)
+        for message in messages:
+            self.handed[message.partition] = message.offset + 1
         started = time.perf_counter()
         accepted, refused = decode_batch(
             messages,
@@ -376,7 +325,7 @@ class Worker:
         for (partition, key), row in prepared.rows.items():
             self.rows.put(partition, key, row)
         self.mark.clear()
-        self.maintenance.event_time_ms = max([self.maintenance.event_time_ms, *(d.time_ms for d in accepted)])
+        self.maintenance.see_times(accepted)
         self._count(prepared)
 
     async def write(self, outbox: Outbox, generation: int) -> None:
@@ -408,9 +357,12 @@ class Worker:
             )
 
     async def _texts(self, accepted: Sequence[Decoded]) -> TextVectors:
-        """Ask the encoder process for queries and profile texts, all at once and for a bounded time."""
+        """Ask the encoder process for the texts that a slate of this batch needs, all at once, for a bounded time."""
+        oldest_ms = time.time() * 1000 - self.settings.worker.max_trigger_age_seconds * 1000
         wanted: set[str] = set()
         for decoded in accepted:
+            if isinstance(decoded.event, Impression) or decoded.broker_ms < oldest_ms:
+                continue
             query = getattr(decoded.event, "query", None)
             if query:
                 wanted.add(query)
@@ -440,9 +392,9 @@ class Worker:
     def _refuse_mirrored(self, record: Record, error: MillstreamError) -> None:
         self._mirror_letters.append((record, error))
 
-    def take_mirror_letters(self) -> list[tuple[Record, MillstreamError]]:
-        """Return and forget the records that mirrors refused since the last call."""
-        letters, self._mirror_letters = self._mirror_letters, []
+    def take_mirror_letters(self, most: int) -> list[tuple[Record, MillstreamError]]:
+        """Return and forget the oldest ``most`` records that mirrors refused."""
+        letters, self._mirror_letters = self._mirror_letters[:most], self._mirror_letters[most:]
         return letters
 
     def _count(self, prepared: Prepared) -> None:
@@ -470,31 +422,6 @@ class Worker:
                 raise FencedError(f"this process did not run for {gap:.1f} s, more than half its session")
             self._ticked_at = time.monotonic()
             await asyncio.sleep(TICK_SECONDS)
-
-    async def _require_epoch(self) -> None:
-        """Raise TopicRecreatedError when the events topic is not the one that this process started on."""
-        found = await topic_ids(self.settings, [self.names.events])
-        if epoch(found[self.names.events]) != self.epoch:
-            raise TopicRecreatedError(
-                f"{self.names.events} was deleted and created again; rows and counters are kept, their guards "
-                "start again with the new topic's first offset"
-            )
-
-    async def _watch_epoch(self) -> None:
-        """End the process when the events topic was created again; while it is missing, say so and wait for it."""
-        while True:
-            await asyncio.sleep(EPOCH_CHECK_SECONDS)
-            try:
-                await self._require_epoch()
-            except (KafkaError, OSError, BrokerUnavailable) as error:
-                self.metrics.kafka_errors.labels("epoch").inc()
-                log.warning("epoch_unknown", error=repr(error))
-            except LayoutError as error:
-                self.is_ready = False
-                log.error("events_topic_missing", error=str(error))
-            except TopicRecreatedError:
-                await self.app.consumer.rewind(self.names.events)
-                raise
 
     async def _watch_faust(self) -> None:
         """Notice that Faust crashed or stopped by itself."""
@@ -530,7 +457,7 @@ def main() -> None:
         print(f"millstream: {error}", file=sys.stderr)
         os._exit(exit_code(error))
     configure(settings.worker.log_level, settings.worker.log_format)
-    die_with_parent(os.getppid())
+    die_with_parent(supervisor_pid())
     try:
         import uvloop
 

@@ -28,8 +28,12 @@ async def test_an_idle_row_becomes_a_marker_that_holds_its_guard(settings_with: 
 
         first = await newest()
         assert first is not None
+        # Idleness is measured against the newest event: somebody must go on.
+        others = iter(range(1_000))
 
         async def is_marked() -> bool:
+            later = {**click, "event_id": f"later-{next(others)}", "event_time": now_ms(), "user_id": "u2"}
+            await made.publish([record({**later, "item_id": "item-2", "action": "click"})])
             value = await newest()
             return value is not None and bool(is_marker(decode_rows([value]))[0])
 

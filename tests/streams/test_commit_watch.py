@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from streams.maintenance import CommitWatch
+from streams.maintenance import CommitWatch, next_offsets
 
 
 def test_commits_that_follow_are_never_late() -> None:
@@ -46,3 +46,18 @@ def test_a_partition_that_went_away_is_forgotten() -> None:
     watch.oldest_seconds({0: 10}, {0: 5}, 0.0)
     watch.oldest_seconds({}, {}, 50.0)
     assert watch.oldest_seconds({0: 10}, {0: 5}, 100.0) == 0.0
+
+
+def test_after_a_seek_an_idle_partition_is_read_to_its_committed_offset_and_no_further() -> None:
+    # Faust's perform_seek leaves the committed offset, the next one to read, in _read_offset.
+    assert next_offsets({0: 38}, {0: 38}) == {0: 38}
+
+
+def test_while_events_flow_the_next_offset_is_after_the_last_one_read() -> None:
+    assert next_offsets({0: 37, 1: 0, 2: None}, {0: 30}) == {0: 38, 1: 1}
+
+
+def test_a_partition_that_stays_idle_after_a_restart_never_counts_as_stuck() -> None:
+    watch = CommitWatch()
+    ages = [watch.oldest_seconds(next_offsets({0: 38}, {0: 38}), {0: 38}, now) for now in (0.0, 60.0, 600.0)]
+    assert ages == [0.0, 0.0, 0.0]
