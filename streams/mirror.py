@@ -131,17 +131,28 @@ class Mirror:
                 if result is not None:
                     await result
                 self.positions[tp.partition] = records[-1].offset + 1
-                self.end_offsets[tp.partition] = max(consumer.highwater(tp) or 0, self.positions[tp.partition])
                 await asyncio.sleep(0)
+            await self._advance(consumer)
             if pending:
-                for partition in list(pending):
-                    position = await consumer.position(TopicPartition(self.topic, partition))
-                    if position >= pending[partition] and self.positions.get(partition, position) >= position:
-                        self.positions[partition] = position
+                for partition, end in list(pending.items()):
+                    if self.positions.get(partition, -1) >= end:
                         del pending[partition]
                         self._ready.add(partition)
                 if not pending:
                     self.caught_up.set()
+
+    async def _advance(self, consumer: Any) -> None:
+        """Move ``positions`` to where the consumer stands: all before it was applied.
+
+        The last record alone does not say it: marks of transactions, aborted records and what compaction took away
+        stand in the log too.
+        """
+        for tp in consumer.assignment():
+            if tp.partition in (self._wanted or ()):
+                position = await consumer.position(tp)
+                self.positions[tp.partition] = position
+                end = consumer.highwater(tp) or self.end_offsets.get(tp.partition, 0)
+                self.end_offsets[tp.partition] = max(end, position)
 
     async def _reassign(self, consumer: Any) -> dict[int, int]:
         wanted = self._wanted or set()
