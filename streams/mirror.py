@@ -58,6 +58,7 @@ class Mirror:
         self._wanted: set[int] | None = None
         self._changed = asyncio.Event()
         self._ready: set[int] = set()
+        self._dropped: set[int] = set()
 
     @property
     def lag(self) -> int:
@@ -69,11 +70,15 @@ class Mirror:
         return time.monotonic() - self.read_at if self.read_at else float("inf")
 
     def assign(self, partitions: Iterable[int]) -> None:
-        """Mirror these partitions only, new ones from their beginning; ``caught_up`` covers them all."""
+        """Mirror these partitions only, new ones from their beginning; ``caught_up`` covers them all.
+
+        One that an earlier call left out is new, however soon it comes back: its owner may have forgotten it.
+        """
         wanted = set(partitions)
         if wanted != self._wanted:
+            self._dropped |= (self._wanted or set()) - wanted
             self._wanted = wanted
-            if not wanted <= self._ready:
+            if not wanted <= self._ready - self._dropped:
                 self.caught_up.clear()
             self._changed.set()
 
@@ -105,7 +110,7 @@ class Mirror:
     async def _read(self, consumer: Any) -> None:
         pending: dict[int, int] = {}
         while True:
-            if self._changed.is_set():
+            while self._changed.is_set():
                 self._changed.clear()
                 pending = await self._reassign(consumer)
             if not self._wanted:
@@ -125,7 +130,7 @@ class Mirror:
                 continue
             self.read_at = time.monotonic()
             for tp, records in batches.items():
-                if tp.partition not in self._wanted:
+                if not self._is_current(tp.partition):
                     continue
                 result = self._apply(records)
                 if result is not None:
@@ -138,8 +143,16 @@ class Mirror:
                     if self.positions.get(partition, -1) >= end:
                         del pending[partition]
                         self._ready.add(partition)
-                if not pending:
-                    self.caught_up.set()
+                self._settle(pending)
+
+    def _is_current(self, partition: int) -> bool:
+        """Whether the partition is wanted, and was ever since it was last assigned to the consumer."""
+        return self._wanted is not None and partition in self._wanted - self._dropped
+
+    def _settle(self, pending: dict[int, int]) -> None:
+        """Say that all is read, unless ``assign`` has changed what that is since ``pending`` was made."""
+        if not pending and not self._changed.is_set():
+            self.caught_up.set()
 
     async def _advance(self, consumer: Any) -> None:
         """Move ``positions`` to where the consumer stands: all before it was applied.
@@ -148,19 +161,19 @@ class Mirror:
         stand in the log too.
         """
         for tp in consumer.assignment():
-            if tp.partition in (self._wanted or ()):
-                position = await consumer.position(tp)
+            position = await consumer.position(tp)
+            if self._is_current(tp.partition):
                 self.positions[tp.partition] = position
                 end = consumer.highwater(tp) or self.end_offsets.get(tp.partition, 0)
                 self.end_offsets[tp.partition] = max(end, position)
 
     async def _reassign(self, consumer: Any) -> dict[int, int]:
         wanted = self._wanted or set()
-        for partition in list(self.positions):
-            if partition not in wanted:
-                del self.positions[partition]
-                self.end_offsets.pop(partition, None)
-                self._ready.discard(partition)
+        for partition in self._dropped:
+            self.positions.pop(partition, None)
+            self.end_offsets.pop(partition, None)
+        self._ready -= self._dropped
+        self._dropped.clear()
         tps = [TopicPartition(self.topic, p) for p in sorted(wanted)]
         consumer.assign(tps)
         if not tps:
@@ -179,6 +192,5 @@ class Mirror:
                 self._ready.add(tp.partition)
             else:
                 pending[tp.partition] = ends[tp]
-        if not pending:
-            self.caught_up.set()
+        self._settle(pending)
         return pending
