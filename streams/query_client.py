@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -22,6 +22,8 @@ log = structlog.get_logger(__name__)
 
 RETRY_SECONDS: Final = 1.0
 MAX_WAITING: Final = 1_000
+MAX_PART_BYTES: Final = 1 << 20
+"""UTF-8 of one question, well below the limit of a frame: one that is too long costs the connection."""
 MIN_CACHE_TEXTS: Final = 1_000
 """Answers pass through the cache, so it must hold those of one call."""
 
@@ -80,15 +82,16 @@ class QueryEncoderClient:
         if not texts:
             return
         writer = await self._connection()
-        for start in range(0, len(texts), query_protocol.MAX_TEXTS):
+        for part in _parts(texts):
             if len(self._waiting) >= MAX_WAITING:
                 raise ConnectionError(f"{MAX_WAITING} questions wait for the encoder already")
-            part = texts[start : start + query_protocol.MAX_TEXTS]
             number = next(self._numbers)
             answered = asyncio.get_running_loop().create_future()
             self._waiting[number] = (part, answered)
             self._asked.update(dict.fromkeys(part, answered))
-            writer.write(query_protocol.pack(Ask(number, part)))
+            # The end of an immense text is cut off: an encoder reads no more than some hundred tokens.
+            asked = [text[: query_protocol.MAX_TEXT_CHARACTERS] for text in part]
+            writer.write(query_protocol.pack(Ask(number, asked)))
 
     async def _connection(self) -> asyncio.StreamWriter:
         async with self._connecting:
@@ -141,3 +144,18 @@ class QueryEncoderClient:
     def _forget(self, texts: Sequence[str]) -> None:
         for text in texts:
             self._asked.pop(text, None)
+
+
+def _parts(texts: Sequence[str]) -> Iterator[list[str]]:
+    """Divide texts into what one question may hold: at most MAX_TEXTS of them, at most MAX_PART_BYTES as they are sent."""
+    part: list[str] = []
+    part_bytes = 0
+    for text in texts:
+        text_bytes = len(text[: query_protocol.MAX_TEXT_CHARACTERS].encode("utf-8"))
+        if part and (len(part) == query_protocol.MAX_TEXTS or part_bytes + text_bytes > MAX_PART_BYTES):
+            yield part
+            part, part_bytes = [], 0
+        part.append(text)
+        part_bytes += text_bytes
+    if part:
+        yield part

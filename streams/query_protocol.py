@@ -19,6 +19,7 @@ ADDRESS_FILE: Final = "encoder-address"
 SOCKET_NAME: Final = "encoder.sock"
 MAX_FRAME_BYTES: Final = 4 << 20
 MAX_TEXTS: Final = 256
+MAX_TEXT_CHARACTERS: Final = 100_000
 _LONGEST_PATH_BYTES: Final = 100
 _LENGTH_BYTES: Final = 4
 
@@ -27,7 +28,9 @@ class Ask(msgspec.Struct):
     """Texts to encode."""
 
     number: int
-    texts: Annotated[list[Annotated[str, msgspec.Meta(max_length=100_000)]], msgspec.Meta(max_length=MAX_TEXTS)]
+    texts: Annotated[
+        list[Annotated[str, msgspec.Meta(max_length=MAX_TEXT_CHARACTERS)]], msgspec.Meta(max_length=MAX_TEXTS)
+    ]
 
 
 class Answer(msgspec.Struct):
