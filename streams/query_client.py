@@ -147,7 +147,7 @@ class QueryEncoderClient:
 
 
 def _parts(texts: Sequence[str]) -> Iterator[list[str]]:
-    """Divide texts into what one question may hold: at most MAX_TEXTS of them, at most MAX_PART_BYTES as they are sent."""
+    """Divide texts into questions, each of at most MAX_TEXTS texts and MAX_PART_BYTES as they are sent."""
     part: list[str] = []
     part_bytes = 0
     for text in texts:
