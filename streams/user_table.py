@@ -14,7 +14,8 @@ from typing import Any
 
 import faust
 import structlog
-from aiokafka import TopicPartition
+from aiokafka import AIOKafkaConsumer, TopicPartition
+from aiokafka.errors import KafkaError
 from faust.stores.base import Store
 from faust.types import TP
 
@@ -149,6 +150,7 @@ class UserRows:
         self.changelog_topic = changelog_topic
         self._tails: dict[int, _Tail] = {}
         self._superseded: list[tuple[int, bytes]] = []
+        self._asker: AIOKafkaConsumer | None = None
         self.row_bytes: dict[int, int] = {}
 
     @property
@@ -272,15 +274,26 @@ class UserRows:
         return sorted(found)
 
     async def _end_offsets(self, partitions: Iterable[int]) -> dict[int, int]:
+        """Return the end of the changelog, asked by one consumer that is kept: a new one costs 100 ms."""
         tps = [TopicPartition(self.changelog_topic, p) for p in partitions]
         if not tps:
             return {}
-        consumer = new_consumer(self._settings)
-        await consumer.start()
+        if self._asker is None:
+            asker = new_consumer(self._settings)
+            await asker.start()
+            self._asker = asker
         try:
-            return {tp.partition: end for tp, end in (await consumer.end_offsets(tps)).items()}
-        finally:
-            await consumer.stop()
+            return {tp.partition: end for tp, end in (await self._asker.end_offsets(tps)).items()}
+        except (KafkaError, OSError):
+            asker, self._asker = self._asker, None
+            await asker.stop()
+            raise
+
+    async def close(self) -> None:
+        """Close the connection by which the changelog's end is asked."""
+        if self._asker is not None:
+            asker, self._asker = self._asker, None
+            await asker.stop()
 
     async def _read(
         self, partitions: Iterable[int], ends: dict[int, int], starts: dict[int, int] | None = None

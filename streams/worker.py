@@ -57,6 +57,7 @@ JSON = (("content-type", b"application/json"),)
 IDLE_SECONDS = 0.5
 TICK_SECONDS = 0.25
 PORT_WAIT_SECONDS = 30.0
+SWITCH_SECONDS = 0.0005
 
 
 class Worker:
@@ -253,6 +254,7 @@ class Worker:
         await self.producer.stop()
         await self.admin.close()
         await self.encoder.close()
+        await self.rows.close()
         self.state.close()
         log.info("stopped")
 
@@ -464,6 +466,9 @@ def main() -> None:
         runner: Any = uvloop.run
     except ImportError:
         runner = asyncio.run
+    # The event loop, Faust's consumer thread and the state thread take turns: at the default of 5 ms each turn of the
+    # loop waits that long whenever the state thread is busy, which is most of freshness.
+    sys.setswitchinterval(SWITCH_SECONDS)
     runner(_main(settings))
 
 
