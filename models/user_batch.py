@@ -69,7 +69,8 @@ def _biases(config: UserStateConfig, surfaces: Sequence[str]) -> F32:
     table = np.full(256, config.default_base_rate)
     for number, name in enumerate(surfaces[:NO_SURFACE]):
         table[number] = config.base_rates.get(name, config.default_base_rate)
-    return (np.log(table) - np.log1p(-table)).astype(np.float32)
+    biases: F32 = np.asarray(np.log(table) - np.log1p(-table), np.float32)
+    return biases
 
 
 @dataclass(slots=True)

@@ -127,9 +127,12 @@ class UserEvent:
     label: float = 0.0
 
 
+_CODES: Final[dict[str, int]] = {name: number for number, name in enumerate(ACTIONS, start=1)}
+
+
 def action_code(action: str, value: float | None, config: UserStateConfig) -> int:
     """Return the code of an action: number in ACTIONS plus 1, with POSITIVE (y = 1), NEGATIVE (y = 0) or neither."""
-    code = ACTIONS.index(action) + 1  # type: ignore[arg-type]
+    code = _CODES[action]
     if action in ("hide", "dislike"):
         return code | NEGATIVE
     if action == "rating":

@@ -161,7 +161,8 @@ def forget(rows: Rows, index: npt.ArrayLike) -> Rows:
 
 def is_marker(rows: Rows) -> npt.NDArray[np.bool_]:
     """Tell which rows hold only the guard of a deleted or evicted user, bool [n]."""
-    return (rows["flags"] & FLAG_MARKER) != 0
+    marked: npt.NDArray[np.bool_] = np.asarray((rows["flags"] & FLAG_MARKER) != 0)
+    return marked
 
 
 def is_idle(rows: Rows, now_ms: int, days: float) -> npt.NDArray[np.bool_]:

@@ -31,14 +31,16 @@ def sigmoid(x: F32) -> F32:
 
 def norms(h_RTD: F32) -> F32:
     """Return the lengths [R, T] of vectors [R, T, D]."""
-    return np.sqrt(np.einsum("rtd,rtd->rt", h_RTD, h_RTD))
+    length_RT: F32 = np.sqrt(np.einsum("rtd,rtd->rt", h_RTD, h_RTD))
+    return length_RT
 
 
 def bound(h_RTD: F32, max_norm: np.float32) -> F32:
     """Return the vectors, those longer than ``max_norm`` shortened to it."""
     length_RT = norms(h_RTD)
     scale_RT = max_norm / np.maximum(length_RT, max_norm)
-    return h_RTD * scale_RT[..., None]
+    bounded_RTD: F32 = np.asarray(h_RTD * scale_RT[..., None], np.float32)
+    return bounded_RTD
 
 
 def logistic_step(h_RTD: F32, v_RD: F32, weight_R: F32, label_R: F32, bias_R: F32, rates: StepRates) -> F32:
