@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,19 +16,23 @@ from models.errors import EncoderError
 
 Floats = npt.NDArray[np.float32]
 Encode = Callable[[Sequence[str]], Floats]
+OnBatch = Callable[[bool, int, float], None]
+"""Called after each batch: whether it was urgent, how many texts it had, and how many seconds it took."""
 
 
 @dataclass(slots=True)
 class _Job:
     texts: Sequence[str]
     done: asyncio.Future[Floats]
+    urgent: bool
 
 
 class EncodeQueue:
     """Runs ``encode`` in one thread. Urgent texts that wait together share a batch; a batch is never interrupted."""
 
-    def __init__(self, encode: Encode, batch_texts: int) -> None:
+    def __init__(self, encode: Encode, batch_texts: int, on_batch: OnBatch | None = None) -> None:
         self._encode = encode
+        self._on_batch = on_batch
         self._batch_texts = batch_texts
         self._urgent: deque[_Job] = deque()
         self._patient: deque[_Job] = deque()
@@ -39,10 +44,15 @@ class EncodeQueue:
 
         Raises EncoderError as the encoder does.
         """
-        job = _Job(texts, asyncio.get_running_loop().create_future())
+        job = _Job(texts, asyncio.get_running_loop().create_future(), urgent)
         (self._urgent if urgent else self._patient).append(job)
         self._wake.set()
         return await job.done
+
+    @property
+    def waiting(self) -> int:
+        """Texts that wait for a batch."""
+        return sum(len(job.texts) for job in (*self._urgent, *self._patient))
 
     async def run(self) -> None:
         """Encode until cancelled."""
@@ -55,6 +65,7 @@ class EncodeQueue:
                     await self._wake.wait()
                     continue
                 texts = [text for job in jobs for text in job.texts]
+                began = time.monotonic()
                 try:
                     encoded = await loop.run_in_executor(self._thread, self._encode, texts)
                 except EncoderError as error:
@@ -62,6 +73,8 @@ class EncodeQueue:
                         if not job.done.done():
                             job.done.set_exception(error)
                     continue
+                if self._on_batch is not None:
+                    self._on_batch(jobs[0].urgent, len(texts), time.monotonic() - began)
                 start = 0
                 for job in jobs:
                     if not job.done.done():

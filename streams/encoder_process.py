@@ -31,8 +31,10 @@ from models.hashing import hash64
 from streams import item_vectors, query_protocol
 from streams.encode_queue import EncodeQueue
 from streams.exit_codes import ExitCode, exit_code
+from streams.health import HealthServer
 from streams.kafka_clients import new_consumer, new_producer
 from streams.logs import configure
+from streams.metrics import EncoderMetrics
 from streams.mirror import Mirror, Record
 from streams.parent import die_with_parent, is_orphan, supervisor_pid
 from streams.profiles import content_type
@@ -263,14 +265,24 @@ async def run(settings: Settings, encoder: Encoder) -> None:
     """Consume and answer until cancelled. Raises DeliveryError, BrokerUnavailable and what else ends the process."""
     names = TopicNames.of(settings)
     folder = settings.worker.data_folder
-    queue = EncodeQueue(encoder.encode, settings.encoder.batch_texts)
+    metrics = EncoderMetrics(encoder.encoder_id)
+    queue = EncodeQueue(encoder.encode, settings.encoder.batch_texts, metrics.on_batch)
+    metrics.waiting.set_function(lambda: queue.waiting)
     known = KnownEncodings(encoder.encoder_id)
     mirror = Mirror(settings, names.item_vectors, known.apply)
     # The encoder is a part of the group's name: another one must read all items from their beginning.
     group = f"{settings.worker.group}-encoder-{hash64(encoder.encoder_id):016x}"
     consumer = new_consumer(settings, group_id=group, session_timeout_ms=_session_ms(settings))
     producer = new_producer(settings)
+    health = HealthServer(
+        settings.worker.host,
+        encoder_port(settings),
+        metrics.registry,
+        live=lambda: None,
+        ready=lambda: None if mirror.caught_up.is_set() else "not encoding yet",
+    )
     try:
+        await _listen(health)
         await producer.start()
         await consumer.start()
         partitions = len(await producer.partitions_for(names.item_vectors))
@@ -287,6 +299,23 @@ async def run(settings: Settings, encoder: Encoder) -> None:
     finally:
         await consumer.stop()
         await producer.stop()
+        await health.stop()
+
+
+def encoder_port(settings: Settings) -> int:
+    """Return the port of this process's metrics: as set, else the one after the worker's, or a free one beside 0."""
+    if settings.worker.encoder_port is not None:
+        return settings.worker.encoder_port
+    return settings.worker.port + 1 if 0 < settings.worker.port < 65_535 else 0
+
+
+async def _listen(health: HealthServer) -> None:
+    """Serve the metrics; encoding goes on without them where the port is taken."""
+    try:
+        await health.start()
+        log.info("health_listens", port=health.port)
+    except OSError as error:
+        log.error("encoder_metrics_off", error=str(error), mend="set worker.encoder_port to another port")
 
 
 def _session_ms(settings: Settings) -> int:

@@ -137,3 +137,28 @@ class Metrics:
     def set_build(self, *, model_version: str, space_id: str) -> None:
         """State what is running."""
         self._build.info({"version": package_version(), "model_version": model_version, "space_id": space_id})
+
+
+class EncoderMetrics:
+    """All metrics of one encoder process."""
+
+    def __init__(self, encoder_id: str) -> None:
+        registry = CollectorRegistry()
+        for collector in (PROCESS_COLLECTOR, PLATFORM_COLLECTOR, GC_COLLECTOR):
+            registry.register(collector)
+        self.registry = registry
+        self.texts = Counter(
+            "millstream_encoder_texts", "Texts encoded, by who waited: item or query.", ["kind"], registry=registry
+        )
+        self.batch = Histogram(
+            "millstream_encoder_batch_seconds", "Time of one batch.", ["kind"], buckets=STAGE_BUCKETS, registry=registry
+        )
+        self.waiting = Gauge("millstream_encoder_waiting_texts", "Texts that wait for a batch.", registry=registry)
+        build = Info("millstream_encoder_build", "Version of the package and the encoder.", registry=registry)
+        build.info({"version": package_version(), "encoder": encoder_id})
+
+    def on_batch(self, urgent: bool, texts: int, seconds: float) -> None:
+        """Count one batch."""
+        kind = "query" if urgent else "item"
+        self.texts.labels(kind).inc(texts)
+        self.batch.labels(kind).observe(seconds)

@@ -138,6 +138,12 @@ class WorkerSettings(_Section):
     )
     host: str = Field("127.0.0.1", description="Where /metrics, /live and /ready listen.")
     port: int = Field(9464, ge=0, le=65_535, description="Port of /metrics, /live and /ready; 0 takes a free one.")
+    encoder_port: int | None = Field(
+        None,
+        ge=0,
+        le=65_535,
+        description="Port of the encoder process's metrics; unset: the one after `port`, a free one where that is 0.",
+    )
     restart_backoff_seconds: float = Field(1.0, gt=0, description="First wait before a dead child is started again.")
     restart_backoff_max_seconds: float = Field(30.0, gt=0, description="Longest such wait.")
     poison_deaths: int = Field(3, ge=1, description="Deaths at the same offsets before they go one by one.")
