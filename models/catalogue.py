@@ -18,6 +18,8 @@ from models.item_index import UNKNOWN, ItemIndex
 
 NEVER_MS: Final = np.iinfo(np.int64).max
 """``expires_at_ms`` of an item that does not expire."""
+NOT_GIVEN_MS: Final = -(2**62)
+"""``published_at_ms`` of an item without one; before every real time, films of 1902 included."""
 _INITIAL_ROWS: Final = 1_024
 _INLINE_CODES: Final = 8
 
@@ -81,13 +83,14 @@ class Catalogue:
         self.index = index
         self.dim = dim
         self.visibility_version = 0
-        """Rises whenever an item stops being servable: a slate computed under an older one is checked again."""
+        """Rises when an item is hidden, removed or given an earlier expiry: a slate made under an older one is checked
+        again."""
         self.vectors: Floats = np.zeros((_INITIAL_ROWS, dim), np.float32)
         """float32 [C, D], unit norm, zero where there is none."""
         self.has_vector: Bools = np.zeros(_INITIAL_ROWS, np.bool_)
         self.hidden: Bools = np.zeros(_INITIAL_ROWS, np.bool_)
         self.in_catalogue: Bools = np.zeros(_INITIAL_ROWS, np.bool_)
-        self.published_at_ms: npt.NDArray[np.int64] = np.zeros(_INITIAL_ROWS, np.int64)
+        self.published_at_ms: npt.NDArray[np.int64] = np.full(_INITIAL_ROWS, NOT_GIVEN_MS, np.int64)
         """int64 [C], 0 = not given."""
         self.expires_at_ms: npt.NDArray[np.int64] = np.full(_INITIAL_ROWS, NEVER_MS, np.int64)
         self.price: npt.NDArray[np.float64] = np.full(_INITIAL_ROWS, np.nan, np.float64)
@@ -117,9 +120,12 @@ class Catalogue:
             capacity *= 2
         self._categories.grow(capacity)
         self._tags.grow(capacity)
-        for name in ("vectors", "has_vector", "hidden", "published_at_ms", "price", "_content", "_encoded"):
+        for name in ("vectors", "has_vector", "hidden", "price", "_content", "_encoded"):
             setattr(self, name, _grown(getattr(self, name), capacity))
         self.price[len(self.in_catalogue) :] = np.nan
+        published = _grown(self.published_at_ms, capacity)
+        published[len(self.in_catalogue) :] = NOT_GIVEN_MS
+        self.published_at_ms = published
         expires = _grown(self.expires_at_ms, capacity)
         expires[len(self.in_catalogue) :] = NEVER_MS
         self.expires_at_ms = expires
@@ -135,7 +141,7 @@ class Catalogue:
         self.reserve(row + 1)
         was_shown = bool(self.in_catalogue[row] and not self.hidden[row])
         expired_before = int(self.expires_at_ms[row])
-        self.published_at_ms[row] = 0 if item.published_at is None else epoch_ms(item.published_at)
+        self.published_at_ms[row] = NOT_GIVEN_MS if item.published_at is None else epoch_ms(item.published_at)
         self.expires_at_ms[row] = NEVER_MS if item.expires_at is None else epoch_ms(item.expires_at)
         self.price[row] = math.nan if item.price is None else item.price
         self._content[row] = content_hash(item)
@@ -252,8 +258,8 @@ class Catalogue:
         if filters.tags is not None:
             mask = mask & self._tags.has_any(safe, filters.tags)
         if filters.published_after is not None:
-            after_ms = max(1, epoch_ms(filters.published_after))
-            mask = mask & (self.published_at_ms[safe] >= after_ms)
+            published = self.published_at_ms[safe]
+            mask = mask & (published != NOT_GIVEN_MS) & (published >= epoch_ms(filters.published_after))
         if filters.min_price is not None:
             mask = mask & (self.price[safe] >= filters.min_price)
         if filters.max_price is not None:

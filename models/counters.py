@@ -321,8 +321,8 @@ class ItemCounters:
             item_id = self.index.item_id
             self._hashes[self._hashed : known] = [hash64(item_id(row)) for row in range(self._hashed, known)]
             self._hashed = known
-        if not len(rows):
-            return np.zeros(0, np.uint64)
+        if not len(rows) or not known:
+            return np.zeros(len(rows), np.uint64)
         return np.where(rows >= 0, self._hashes[rows], np.uint64(0))
 
     def _grow(self, rows: int) -> None:

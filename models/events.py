@@ -223,6 +223,8 @@ class ClockPolicy(BaseModel):
 
         Raises RecordError("event-time-absurd") where the policy refuses the client's time.
         """
+        if not EARLIEST_MS <= client_ms <= LATEST_MS:
+            raise RecordError("event-time-absurd", f"event_time lies outside 1970 to 2100: {client_ms} ms")
         ahead_ms = client_ms - broker_ms
         if ahead_ms > self.absurd_future_seconds * 1000:
             raise RecordError(

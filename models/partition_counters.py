@@ -64,7 +64,8 @@ class Landmark:
     def factors(self, times_ms: Int64) -> Float64:
         """Return what a weight of 1 at each time is at the landmark, [n, 4] float64."""
         exponents = (times_ms - (self.time_ms or 0))[:, None] / self.half_lives_ms
-        return np.exp2(np.minimum(exponents, MAX_EXPONENT))
+        # Never 0: counts of a partition that lies far behind the others must come back when they are divided again.
+        return np.exp2(np.clip(exponents, -MAX_EXPONENT, MAX_EXPONENT))
 
     def move(self, time_ms: int) -> Float64:
         """Move the landmark and return what kept values have to be multiplied by, [4] float64."""

@@ -47,6 +47,12 @@ class RankingConfig(BaseModel):
     long_term_weight: float = Field(0.5, ge=0, le=100, description="Weight of similarity to the long-term vector.")
     profile_weight: float = Field(1.0, ge=0, le=100, description="Weight of similarity to the profile text.")
     query_weight: float = Field(2.0, ge=0, le=100, description="Weight of similarity to the query.")
+    least_evidence: float = Field(
+        0.02,
+        ge=0,
+        le=1,
+        description="A user vector that counts less than this share of full is as none: a profile speaks again.",
+    )
     full_norm: float = Field(
         0.05,
         gt=0,

@@ -300,6 +300,9 @@ class Recommender:
         tastes[:, SHORT_TERM] = scale_tastes(short, self.config.ranking.full_norm)
         tastes[:, LONG_TERM] = scale_tastes(long, self.config.ranking.full_norm)
         tastes[~has] = 0.0
+        own = tastes[:, : LONG_TERM + 1]
+        own[np.linalg.norm(own, axis=2) < self.config.ranking.least_evidence] = 0.0
+        has = (own != 0).any(axis=(1, 2))
         for b, request in enumerate(batch):
             if request.query_vector is not None:
                 tastes[b, QUERY] = unit(request.query_vector)

@@ -8,6 +8,7 @@ the dead and the newer ones are too many. Legend of shapes: D = dimensions, n = 
 from __future__ import annotations
 
 import os
+import sys
 import threading
 from typing import Any, Final, Literal
 
@@ -303,7 +304,7 @@ class VectorIndex:
         def build() -> None:
             try:
                 self._built = _build(rows, vectors, self.config, self._stop)
-            except (RuntimeError, MemoryError) as error:
+            except Exception as error:
                 self.build_error = error
 
         self._builder = threading.Thread(target=build, name="index-build", daemon=True)
@@ -339,8 +340,8 @@ def exact_search(queries: Floats, rows: Rows, vectors: Floats, k: int) -> tuple[
 
 
 def _build(rows: Rows, vectors: Floats, config: RetrievalConfig, stop: threading.Event) -> _Snapshot | None:
-    if hasattr(os, "setpriority") and threading.current_thread() is not threading.main_thread():
-        # On Linux a thread has a priority of its own: a build must not stand before a slate.
+    if sys.platform == "linux" and threading.current_thread() is not threading.main_thread():
+        # On Linux, and only there, a thread has a priority of its own: a build must not stand before a slate.
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _BUILD_NICENESS)
     faiss.omp_set_num_threads(config.threads)
     dim = vectors.shape[1]

@@ -142,7 +142,7 @@ def action_code(action: str, value: float | None, config: UserStateConfig) -> in
         if value is None:
             return code
         long, short = config.long_dwell_seconds, config.short_dwell_seconds
-        return code | (POSITIVE if value >= long else NEGATIVE if value < short else 0)
+        return code | (POSITIVE if value >= long else NEGATIVE if 0 <= value < short else 0)
     return code | POSITIVE
 
 
@@ -157,10 +157,16 @@ def strengths(config: UserStateConfig) -> F32:
 def user_event(
     event: Event, user: int, offset: int, time_ms: int, config: UserStateConfig, surfaces: Sequence[str]
 ) -> UserEvent:
-    """Return ``event`` hashed for the row at ``user``; ``time_ms`` is the event time to use, ``offset`` its place."""
+    """Return ``event`` hashed for the row at ``user``; ``time_ms`` is the event time to use, ``offset`` its place.
+
+    An event without a surface is on the first of ``surfaces``, the default one; one on a surface not among them is on
+    none.
+    """
     request = short_hash(hash64(event.request_id)) if event.request_id else 0
     surface = NO_SURFACE
-    if event.surface is not None and event.surface in surfaces:
+    if event.surface is None:
+        surface = 0 if surfaces else NO_SURFACE
+    elif event.surface in surfaces:
         surface = min(surfaces.index(event.surface), NO_SURFACE)
     code, kind = 0, REQUEST
     hashes: list[int] = []

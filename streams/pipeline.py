@@ -141,7 +141,10 @@ class Pipeline:
         self._stage_seconds = {"retrieve": 0.0, "rank": 0.0}
         self._stage_began = 0.0
         recommender.on_stage = self._on_stage
-        self._surfaces = [default, *sorted(s for s in settings.recommender.surfaces if s != default)]
+        # The first is that of events which name none. Pending impressions keep the numbers: base rates come last.
+        named = {*settings.recommender.surfaces} - {default}
+        rated = {*settings.user_state.base_rates} - named - {default}
+        self._surfaces = [default, *sorted(named), *sorted(rated)]
 
     def prepare(
         self,

@@ -57,6 +57,7 @@ JSON = (("content-type", b"application/json"),)
 IDLE_SECONDS = 0.5
 TICK_SECONDS = 0.25
 PORT_WAIT_SECONDS = 30.0
+START_GRACE_SECONDS = 10.0
 SWITCH_SECONDS = 0.0005
 
 
@@ -115,6 +116,10 @@ class Worker:
         try:
             ended: set[asyncio.Future[Any]] = {self.failure, asked}
             await asyncio.wait({starting, *ended}, return_when=asyncio.FIRST_COMPLETED)
+            if self.is_ready and not starting.done():
+                # Events flow a moment before Faust's start returns: stop in order then too.
+                either: set[asyncio.Future[Any]] = {starting, self.failure}
+                await asyncio.wait(either, timeout=START_GRACE_SECONDS)
             if starting.done():
                 starting.result()
                 await asyncio.wait(ended, return_when=asyncio.FIRST_COMPLETED)

@@ -16,6 +16,7 @@ from models.counters import (
     CountersConfig,
     ItemCounters,
     TouchBatch,
+    Touches,
     counter_touches,
 )
 from models.errors import FencedError
@@ -492,3 +493,30 @@ def test_kinds_are_the_last_axis_in_their_order() -> None:
     feed(made, [(impression("u", "a", "e1"), 0, T), (click("u", "a", "e2", "purchase"), 1, T)])
     assert made.read(ROWS[:1], T)[0, 0].tolist() == [1.0, 0.0, 5.0]
     assert (IMPRESSIONS, CLICKS, ACTIONS) == (0, 1, 2)
+
+
+def test_counts_of_a_partition_weeks_behind_another_are_published_whole() -> None:
+    index = ItemIndex()
+    counters = ItemCounters(index, CountersConfig())
+    day_ms = 86_400_000
+    for partition, time_ms in ((0, 60 * day_ms), (1, 52 * day_ms), (2, 10 * day_ms)):
+        counters.own(partition)
+        batch = TouchBatch()
+        for offset in range(3):
+            batch.add(offset, time_ms, offset + 1, offset + 1, Touches((f"item-{partition}",), (CLICKS,), (1.0,)))
+        counters.add(partition, batch)
+    for partition in (0, 1, 2):
+        slots, _, _ = counters.dirty(partition)
+        state = counters.take_dirty(partition, slots)
+        assert np.isfinite(state.values).all()
+        assert state.totals[:, CLICKS].sum() == 3
+    assert np.isfinite(counters.read(np.arange(3), 60 * day_ms)).all()
+
+
+def test_no_room_for_unknown_items_counts_nothing_and_breaks_nothing() -> None:
+    counters = ItemCounters(ItemIndex(), CountersConfig(max_unknown_items=0))
+    counters.own(0)
+    batch = TouchBatch()
+    batch.add(0, 1_000, 1, 1, Touches(("nobody-knows",), (CLICKS,), (1.0,)))
+    assert counters.add(0, batch) == 0
+    assert counters.dropped_touches == 1

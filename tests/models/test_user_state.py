@@ -463,4 +463,4 @@ def test_a_request_record_has_no_items() -> None:
     made = user_event(
         Request(event_id="e", event_time=1, user_id="u", request_id="r"), 0, 0, START_MS, CONFIG, SURFACES
     )
-    assert (made.kind, made.surface, len(made.items)) == (REQUEST, 255, 0)
+    assert (made.kind, made.surface, len(made.items)) == (REQUEST, 0, 0)
