@@ -23,7 +23,7 @@ MATCHES_QUERY: Final = "matches_query"
 KINDS: Final = (BECAUSE_CLICKED, TRENDING, LIKE_PROFILE, MATCHES_QUERY)
 TITLE_CHARACTERS: Final = 80
 
-_TRENDING = Reason(kind=TRENDING, text="Many people click this now")
+_TRENDING = Reason(kind=TRENDING, text="Popular at the moment")
 _NEWEST = Reason(kind=TRENDING, text="Among the newest items")
 _CHOSEN = Reason(kind=TRENDING, text="The best known of the items asked for")
 _PROFILE = Reason(kind=LIKE_PROFILE, text="Fits your profile")

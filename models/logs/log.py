@@ -49,13 +49,16 @@ class LogReader(Protocol):
     """Rows that carry no event, by reason; filled while iterating."""
 
     def items(self) -> Iterator[Item]:
-        """Every item that the log names, once."""
+        """Every item that the log names; once, but for JSON lines, which give what the file has."""
 
     def users(self) -> Iterator[User]:
         """Every user profile that the log has."""
 
     def events(self) -> Iterator[LogEvent]:
-        """Every event in event-time order; at equal times histories, then impressions, then actions."""
+        """Every event in event-time order.
+
+        At equal times histories, then impressions, then actions; JSON lines in the order of the file.
+        """
 
     def count_events(self) -> int | None:
         """How many events there are, or None where only reading them all would tell."""
