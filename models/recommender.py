@@ -411,7 +411,7 @@ class Recommender:
         popular = self._popular
         source = SOURCES[POPULAR] if request.candidates is None else SOURCES[GIVEN]
         text = (
-            "Many people click this now" if place is not None and place < popular.counted else "Among the newest items"
+            "Popular at the moment" if place is not None and place < popular.counted else "Among the newest items"
         )
         return RecommendedItem(
             item_id=item_id,
