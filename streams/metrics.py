@@ -67,6 +67,35 @@ class Metrics:
         )
         for stage in ("decode", "update", "retrieve", "rank", "send"):
             self.stage.labels(stage)
+        self.unknown_items = Counter(
+            "millstream_unknown_items", "Actions on items that the catalogue does not know.", registry=registry
+        )
+        self.kafka_errors = Counter("millstream_kafka_errors", "Kafka errors by place.", ["place"], registry=registry)
+        self.processing_errors = Counter(
+            "millstream_processing_errors", "Errors of our own code, by stage.", ["stage"], registry=registry
+        )
+        self.foreign_rows = Counter(
+            "millstream_foreign_rows", "Rows written again after a write of a former owner.", registry=registry
+        )
+        self.evicted_rows = Counter(
+            "millstream_evicted_rows",
+            "Idle rows replaced by a marker, and markers removed.",
+            ["what"],
+            registry=registry,
+        )
+        self.encoder_requests = Counter(
+            "millstream_encoder_requests",
+            "Texts asked of the encoder process, by outcome.",
+            ["outcome"],
+            registry=registry,
+        )
+        self.rebalances = Counter("millstream_rebalances", "Group generations joined.", registry=registry)
+        self.ready = Gauge("millstream_ready", "1 when events are being processed.", registry=registry)
+        self._build = Info("millstream_build", "Version of the package and of the model served.", registry=registry)
+        self._add_state(registry)
+
+    def _add_state(self, registry: CollectorRegistry) -> None:
+        """Add what tells how state stands: offsets, rows, mirrors, index, counters."""
         self.consumer_lag = Gauge(
             "millstream_consumer_lag_events", "Events not yet read, by partition.", ["partition"], registry=registry
         )
@@ -107,32 +136,6 @@ class Metrics:
         self.counter_refused = Gauge(
             "millstream_counter_refused_records", "Unreadable item-stats records since the start.", registry=registry
         )
-        self.unknown_items = Counter(
-            "millstream_unknown_items", "Actions on items that the catalogue does not know.", registry=registry
-        )
-        self.kafka_errors = Counter("millstream_kafka_errors", "Kafka errors by place.", ["place"], registry=registry)
-        self.processing_errors = Counter(
-            "millstream_processing_errors", "Errors of our own code, by stage.", ["stage"], registry=registry
-        )
-        self.foreign_rows = Counter(
-            "millstream_foreign_rows", "Rows written again after a write of a former owner.", registry=registry
-        )
-        self.evicted_rows = Counter(
-            "millstream_evicted_rows",
-            "Idle rows replaced by a marker, and markers removed.",
-            ["what"],
-            registry=registry,
-        )
-        self.encoder_requests = Counter(
-            "millstream_encoder_requests",
-            "Texts asked of the encoder process, by outcome.",
-            ["outcome"],
-            registry=registry,
-        )
-        self.rebalances = Counter("millstream_rebalances", "Group generations joined.", registry=registry)
-        self.ready = Gauge("millstream_ready", "1 when events are being processed.", registry=registry)
-        build = Info("millstream_build", "Version of the package and of the model served.", registry=registry)
-        self._build = build
 
     def set_build(self, *, model_version: str, space_id: str) -> None:
         """State what is running."""
