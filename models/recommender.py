@@ -410,9 +410,7 @@ class Recommender:
     ) -> RecommendedItem:
         popular = self._popular
         source = SOURCES[POPULAR] if request.candidates is None else SOURCES[GIVEN]
-        text = (
-            "Popular at the moment" if place is not None and place < popular.counted else "Among the newest items"
-        )
+        text = "Popular at the moment" if place is not None and place < popular.counted else "Among the newest items"
         return RecommendedItem(
             item_id=item_id,
             position=position,
