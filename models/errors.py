@@ -7,6 +7,9 @@ MillstreamError
 ├── EncoderError         the text encoder cannot be loaded or failed
 ├── LogFormatError       a log file that is not in the layout it claims
 ├── LayoutError          topics that do not have the shape that the worker needs
+├── BundleError          a bundle or a pointer that is refused; the model in use stays
+├── RegistryError        the registry cannot be reached (retriable) or holds something else
+├── TrainingError        a round of training that cannot be done, or whose result is refused
 ├── BrokerUnavailable    Kafka cannot be reached (retriable)
 ├── DemoError            the demo could not go on
 ├── DeliveryError        a record was not acknowledged by the broker (ends the process)
@@ -57,6 +60,33 @@ class LayoutError(MillstreamError):
     def __init__(self, differences: list[str]) -> None:
         super().__init__("the topics are not as they must be:\n" + "\n".join(f"  - {d}" for d in differences))
         self.differences = differences
+
+
+class BundleError(MillstreamError):
+    """A bundle or a pointer is refused; ``reason`` is a short slug, stable enough to be a metric label."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(f"{reason}: {detail}")
+        self.reason = reason
+        self.detail = detail
+
+
+class RegistryError(MillstreamError):
+    """The registry of bundles cannot be read or written; the models in use stay."""
+
+    retriable = True
+
+
+class TrainingError(MillstreamError):
+    """A round of training cannot be done, or its result is refused; nothing was published.
+
+    ``reason`` is a short slug, stable enough to be a metric label.
+    """
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(f"{reason}: {detail}")
+        self.reason = reason
+        self.detail = detail
 
 
 class BrokerUnavailable(MillstreamError):

@@ -26,3 +26,11 @@ def recommendation_id(topic: str, partition: int, offset: int, user_id: str) -> 
     """
     text = f"{topic}\0{partition}\0{offset}\0{user_id}".encode("utf-8", "surrogatepass")
     return hashlib.blake2b(text, digest_size=16).hexdigest()
+
+
+def impression_id(epoch: int, partition: int, offset: int) -> int:
+    """Return the id of the impression at (partition, offset) of the ``events`` topic whose id hashes to ``epoch``.
+
+    Derived, not drawn: a record that is sent again after a crash has the same id. Unsigned 64 bits, never 0.
+    """
+    return hash64(f"{epoch}\0{partition}\0{offset}")

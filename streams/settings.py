@@ -184,6 +184,8 @@ class Settings(BaseSettings):
         return env_settings, init_settings
 
 
+FOREIGN_SECTIONS = frozenset({"trainer"})
+"""Sections of the same file and environment that other programs read."""
 _OWN_VARIABLES = {CONFIG_FILE_VARIABLE, SUPERVISOR_VARIABLE, "MILLSTREAM_TEST_BOOTSTRAP"}
 
 
@@ -199,6 +201,7 @@ def load(config_file: Path | None = None) -> Settings:
     if path.is_file():
         try:
             values = tomllib.loads(path.read_text("utf-8"))
+            values = {name: value for name, value in values.items() if name not in FOREIGN_SECTIONS}
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise SettingsError(f"{path} is not TOML: {error}") from None
     elif named is not None:
@@ -208,7 +211,7 @@ def load(config_file: Path | None = None) -> Settings:
         for name in os.environ
         if name.startswith("MILLSTREAM_")
         and name not in _OWN_VARIABLES
-        and name.removeprefix("MILLSTREAM_").split("__")[0].lower() not in Settings.model_fields
+        and name.removeprefix("MILLSTREAM_").split("__")[0].lower() not in {*Settings.model_fields, *FOREIGN_SECTIONS}
     ]
     if unknown:
         raise SettingsError(f"unknown environment variables: {', '.join(sorted(unknown))}")
