@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field
 
+from models.encoder_delta import EncoderDelta, delta_encoder_id, merged, touched
 from models.errors import EncoderError
 from models.events import Item
 from models.hashing import hash64
@@ -31,6 +32,19 @@ WHEEL_SHA256: Final = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab
 TEXT_CHARACTERS: Final = 2_000
 """Characters of an item's text that are encoded and hashed: no encoder of ours reads further."""
 _FILES: Final = ["*.json", "*.txt", "*.safetensors", "*.model"]
+
+__all__ = [
+    "EncoderConfig",
+    "EncoderDelta",
+    "TextEncoder",
+    "VectorCache",
+    "content_hash",
+    "delta_encoder_id",
+    "find_model",
+    "identify",
+    "item_text",
+    "wheel_folder",
+]
 
 Floats = npt.NDArray[np.float32]
 
@@ -138,6 +152,34 @@ class TextEncoder:
         except (OSError, ValueError, ImportError, RuntimeError, KeyError, SafetensorError) as error:
             raise EncoderError(f"the encoder {config.model!r} cannot be loaded from {folder}: {error}") from error
         return cls(model, tokenizer, _encoder_id(folder, name, pooling, config), pooling, config)
+
+    @classmethod
+    def load_delta(cls, config: EncoderConfig, folder: Path) -> TextEncoder:
+        """Load the encoder that ``config`` names with a bundle's delta in ``folder`` (models.encoder_delta) over it.
+
+        Raises EncoderError as ``load`` does, and for a delta of another base or of other shapes.
+        """
+        return cls.load(config).with_delta(EncoderDelta.load(folder))
+
+    def with_delta(self, delta: EncoderDelta) -> TextEncoder:
+        """Return this encoder changed by a delta, under the delta's id. This one is used up: they share weights.
+
+        Raises EncoderError for a delta that was trained from another encoder or does not fit.
+        """
+        import torch
+
+        if delta.base_encoder_id != self.encoder_id:
+            raise EncoderError(
+                f"the delta was trained from {delta.base_encoder_id!r}, encoder.model gives {self.encoder_id!r}: set "
+                "it to the encoder that the bundle was trained from; the encoder in use stays"
+            )
+        state = self._model.state_dict()
+        weights = {name: state[name].float().cpu().numpy() for name in touched(delta) if name in state}
+        changed = merged(delta, weights)
+        with torch.no_grad():
+            for name, value in changed.items():
+                state[name].copy_(torch.from_numpy(np.ascontiguousarray(value)))
+        return TextEncoder(self._model, self._tokenizer, delta.encoder_id, self._pooling, self.config)
 
     def encode(self, texts: Sequence[str]) -> Floats:
         """Return the base encodings of texts, float32 [n, dim], unit norm.
