@@ -7,6 +7,7 @@ MillstreamError
 ├── EncoderError         the text encoder cannot be loaded or failed
 ├── LogFormatError       a log file that is not in the layout it claims
 ├── LayoutError          topics that do not have the shape that the worker needs
+├── ModelError           tensors that do not fit their configuration
 ├── BundleError          a bundle or a pointer that is refused; the model in use stays
 ├── RegistryError        the registry cannot be reached (retriable) or holds something else
 ├── TrainingError        a round of training that cannot be done, or whose result is refused
@@ -60,6 +61,10 @@ class LayoutError(MillstreamError):
     def __init__(self, differences: list[str]) -> None:
         super().__init__("the topics are not as they must be:\n" + "\n".join(f"  - {d}" for d in differences))
         self.differences = differences
+
+
+class ModelError(MillstreamError):
+    """The tensors of a model do not fit its configuration; the model was not loaded."""
 
 
 class BundleError(MillstreamError):
