@@ -41,34 +41,79 @@ SHIPPED: Final = Path(__file__).with_name("bootstrap-minilm.safetensors")
 
 Floats = npt.NDArray[np.float32]
 Halves = npt.NDArray[np.float16]
+Hashes = npt.NDArray[np.uint64]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Space:
-    """An embedding space: which encoder it is of, and the projection into it."""
+    """An embedding space: which encoder it is of, the projection into it, and what single items add to it.
+
+    The vector of an item with text is unit(base @ projection + residual[item]); that of any other text has no
+    residual.
+    """
 
     space_id: str
     encoder_id: str
     projection: Floats
     """float32 [B, D]."""
+    residual_items: Hashes = field(default_factory=lambda: np.zeros(0, np.uint64))
+    """uint64 [r], 64-bit hashes of the items that have a residual, distinct; kept here in rising order."""
+    residuals: Floats = field(default_factory=lambda: np.zeros((0, 0), np.float32))
+    """float32 [r, D]."""
     dim: int = field(init=False)
     base_dim: int = field(init=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "base_dim", int(self.projection.shape[0]))
         object.__setattr__(self, "dim", int(self.projection.shape[1]))
+        items = np.asarray(self.residual_items, np.uint64)
+        given = np.asarray(self.residuals, np.float32).reshape(len(items), -1 if len(items) else self.dim)
+        if given.shape != (len(items), self.dim):
+            raise ValueError(f"residuals of shape {given.shape} for {len(items)} items of {self.dim} dimensions")
+        order = np.argsort(items, kind="stable")
+        object.__setattr__(self, "residual_items", items[order])
+        object.__setattr__(self, "residuals", given[order])
+
+    def same_as(self, other: Space) -> bool:
+        """Return whether ``other`` puts every item where this space puts it; the ids are not looked at."""
+        return (
+            self.encoder_id == other.encoder_id
+            and np.array_equal(self.projection, other.projection)
+            and np.array_equal(self.residual_items, other.residual_items)
+            and np.array_equal(self.residuals, other.residuals)
+        )
 
     def vectors(self, base: Floats | Halves) -> Floats:
         """Return base encodings [n, B] as vectors of the space, float32 [n, D], unit norm (zero stays zero)."""
         return unit(np.asarray(base, np.float32) @ self.projection)
 
-    def item_vector(self, base: Floats | Halves | None, embedding: Sequence[float] | None) -> Floats | None:
+    def item_vectors(self, base: Floats | Halves, items: Hashes) -> Floats:
+        """Return the vectors of items by their texts' base encodings [n, B] and 64-bit hashes [n], float32 [n, D].
+
+        Unit norm; an item without an encoding (all zero) has none, whatever its residual.
+        """
+        encodings = np.asarray(base, np.float32)
+        projected: Floats = encodings @ self.projection
+        if len(self.residual_items):
+            places = np.minimum(np.searchsorted(self.residual_items, items), len(self.residual_items) - 1)
+            has = (self.residual_items[places] == items) & encodings.any(axis=1)
+            projected[has] += self.residuals[places[has]]
+        return unit(projected)
+
+    def item_vector(
+        self, base: Floats | Halves | None, embedding: Sequence[float] | None, item: int | None = None
+    ) -> Floats | None:
         """Return an item's vector, float32 [D], from its text's base encoding [B], its own embedding, or both.
 
         The embedding goes through a seeded random projection (Johnson and Lindenstrauss 1984), which keeps the angles
         between embeddings of one length; beside a text it is added with EMBEDDING_WEIGHT. None where there is neither.
+        ``item``: the item's 64-bit hash, by which its residual is found.
         """
-        text: Floats | None = None if base is None else self.vectors(base[None, :])[0]
+        text: Floats | None = None
+        if base is not None and item is not None:
+            text = self.item_vectors(base[None, :], np.array([item], np.uint64))[0]
+        elif base is not None:
+            text = self.vectors(base[None, :])[0]
         if embedding is None:
             return text
         projected: Floats = np.asarray(embedding, np.float32)[None] @ _random_projection(len(embedding), self.dim)

@@ -70,24 +70,87 @@ class TermCodes:
         return found
 
 
+class SpaceVectors:
+    """The vectors of the items in one embedding space, over ItemIndex rows.
+
+    Written by one thread, as the catalogue; arrays are replaced when they grow.
+    """
+
+    def __init__(self, dim: int, capacity: int = _INITIAL_ROWS) -> None:
+        self.dim = dim
+        self.vectors: Floats = np.zeros((capacity, dim), np.float32)
+        """float32 [C, D], unit norm, zero where there is none."""
+        self.has_vector: Bools = np.zeros(capacity, np.bool_)
+        self.encoded: npt.NDArray[np.uint64] = np.zeros(capacity, np.uint64)
+        """uint64 [C], content hash of the text that a vector was made from, 0 where there was none."""
+
+    @property
+    def capacity(self) -> int:
+        """Rows that every array holds."""
+        return int(self.has_vector.shape[0])
+
+    def reserve(self, rows: int) -> None:
+        """Make the arrays hold ``rows`` rows; they grow by doubling."""
+        capacity = self.capacity
+        if rows <= capacity:
+            return
+        while capacity < rows:
+            capacity *= 2
+        self.vectors = _grown(self.vectors, capacity)
+        self.encoded = _grown(self.encoded, capacity)
+        # Last: `capacity` is read from it, and a row must not look present before the other arrays hold it.
+        self.has_vector = _grown(self.has_vector, capacity)
+
+    def set(self, row: int, vector: npt.ArrayLike, encoded_hash: int) -> None:
+        """Give a row its vector, float [D], scaled to unit norm here; a zero vector takes it away."""
+        values = np.asarray(vector, np.float32)
+        if values.shape != (self.dim,):
+            raise ValueError(f"a vector of shape {values.shape} for a space of {self.dim} dimensions; nothing was set")
+        self.reserve(row + 1)
+        norm = float(np.linalg.norm(values))
+        usable = math.isfinite(norm) and norm > 1e-12
+        self.vectors[row] = values / norm if usable else 0.0
+        self.has_vector[row] = usable
+        self.encoded[row] = encoded_hash
+
+    def set_many(self, rows: npt.NDArray[Any], vectors: Floats, encoded: npt.NDArray[np.uint64]) -> None:
+        """Give distinct rows [n] their vectors, float32 [n, D], of unit norm or zero already: zero takes one away."""
+        if vectors.shape != (len(rows), self.dim):
+            raise ValueError(f"vectors of shape {vectors.shape} for {len(rows)} rows of {self.dim} dimensions")
+        if not len(rows):
+            return
+        self.reserve(int(rows.max()) + 1)
+        self.vectors[rows] = vectors
+        self.has_vector[rows] = vectors.any(axis=1)
+        self.encoded[rows] = encoded
+
+    def of(self, rows: Rows) -> tuple[Floats, Bools]:
+        """Return vectors float32 [..., D] (zero where unknown) and whether each is known, bool [...]."""
+        rows = np.asarray(rows)
+        known = (rows >= 0) & (rows < self.capacity)
+        safe = np.where(known, rows, 0)
+        known &= self.has_vector[safe]
+        found: Floats = self.vectors[safe]
+        found[~known] = 0.0
+        return found, known
+
+
 class Catalogue:
-    """Items by row: what they are, where they lie in the embedding space, whether they may be shown.
+    """Items by row: what they are, where they lie in the embedding space in use, whether they may be shown.
 
     Written by one thread. Others may read at any time: arrays are replaced when they grow, never resized, and an
     item becomes servable only after its attributes and its vector's row are there. The arrays hold ``capacity`` rows,
     which may be fewer than the index (an action may name an item that no record has named yet): rows from elsewhere
     go through ``servable`` first, or through ``reserve``. Servable rows are always inside the arrays.
+    Attributes are the same for all models; the vectors are those of one space at a time, which ``use`` changes.
     """
 
     def __init__(self, index: ItemIndex, dim: int) -> None:
         self.index = index
-        self.dim = dim
+        self.space_vectors = SpaceVectors(dim)
         self.visibility_version = 0
         """Rises when an item is hidden, removed or given an earlier expiry: a slate made under an older one is checked
         again."""
-        self.vectors: Floats = np.zeros((_INITIAL_ROWS, dim), np.float32)
-        """float32 [C, D], unit norm, zero where there is none."""
-        self.has_vector: Bools = np.zeros(_INITIAL_ROWS, np.bool_)
         self.hidden: Bools = np.zeros(_INITIAL_ROWS, np.bool_)
         self.in_catalogue: Bools = np.zeros(_INITIAL_ROWS, np.bool_)
         self.published_at_ms: npt.NDArray[np.int64] = np.full(_INITIAL_ROWS, NOT_GIVEN_MS, np.int64)
@@ -96,15 +159,34 @@ class Catalogue:
         self.price: npt.NDArray[np.float64] = np.full(_INITIAL_ROWS, np.nan, np.float64)
         """float64 [C], NaN = not given."""
         self._content: npt.NDArray[np.uint64] = np.zeros(_INITIAL_ROWS, np.uint64)
-        self._encoded: npt.NDArray[np.uint64] = np.zeros(_INITIAL_ROWS, np.uint64)
         self._items: dict[int, Item] = {}
         self._categories = TermCodes(_INITIAL_ROWS)
         self._tags = TermCodes(_INITIAL_ROWS)
 
     @property
     def capacity(self) -> int:
-        """Rows that every array holds."""
+        """Rows that every array holds, those of the vectors included."""
         return int(self.in_catalogue.shape[0])
+
+    @property
+    def dim(self) -> int:
+        """Dimensions of the space in use."""
+        return self.space_vectors.dim
+
+    @property
+    def vectors(self) -> Floats:
+        """The vectors in use, float32 [C or more, D], unit norm, zero where there is none."""
+        return self.space_vectors.vectors
+
+    @property
+    def has_vector(self) -> Bools:
+        """Which rows have a vector in the space in use, bool [C or more]."""
+        return self.space_vectors.has_vector
+
+    def use(self, space_vectors: SpaceVectors) -> None:
+        """Take the vectors of another space from now on, by one assignment."""
+        space_vectors.reserve(self.capacity)
+        self.space_vectors = space_vectors
 
     def __len__(self) -> int:
         """Items in the catalogue, hidden and expired ones included, removed ones not."""
@@ -120,7 +202,8 @@ class Catalogue:
             capacity *= 2
         self._categories.grow(capacity)
         self._tags.grow(capacity)
-        for name in ("vectors", "has_vector", "hidden", "price", "_content", "_encoded"):
+        self.space_vectors.reserve(capacity)
+        for name in ("hidden", "price", "_content"):
             setattr(self, name, _grown(getattr(self, name), capacity))
         self.price[len(self.in_catalogue) :] = np.nan
         published = _grown(self.published_at_ms, capacity)
@@ -180,23 +263,22 @@ class Catalogue:
 
         ``encoded_hash`` is the content hash of the text that was encoded; by default, the item's present one.
         """
-        values = np.asarray(vector, np.float32)
-        if values.shape != (self.dim,):
-            raise ValueError(f"a vector of shape {values.shape} for a space of {self.dim} dimensions; nothing was set")
         self.reserve(row + 1)
-        norm = float(np.linalg.norm(values))
-        usable = math.isfinite(norm) and norm > 1e-12
-        self.vectors[row] = values / norm if usable else 0.0
-        self.has_vector[row] = usable
-        self._encoded[row] = self._content[row] if encoded_hash is None else encoded_hash
+        self.space_vectors.set(row, vector, int(self._content[row]) if encoded_hash is None else encoded_hash)
 
     def needs_encoding(self, row: int) -> bool:
-        """Return whether the text of a row is not the one that its vector was made from."""
-        return bool(row < self.capacity and self._content[row] != 0 and self._content[row] != self._encoded[row])
+        """Return whether the text of a row is not the one that its vector in use was made from."""
+        content = self.content_hash(row)
+        return content != 0 and content != int(self.space_vectors.encoded[row])
 
     def content_hash(self, row: int) -> int:
         """Return the content hash of a row's text, 0 where it has none."""
         return int(self._content[row]) if 0 <= row < self.capacity else 0
+
+    def content_hashes(self, rows: Rows) -> npt.NDArray[np.uint64]:
+        """Return the content hashes of rows inside the arrays, uint64 [n], 0 where an item has no text."""
+        found: npt.NDArray[np.uint64] = self._content[rows]
+        return found
 
     def servable(self, rows: Rows, now_ms: int) -> Bools:
         """Return which rows may be shown at ``now_ms``, bool, same shape: in the catalogue, not hidden, not expired.
@@ -227,13 +309,7 @@ class Catalogue:
 
     def vectors_of(self, rows: Rows) -> tuple[Floats, Bools]:
         """Return vectors float32 [..., D] (zero where unknown) and whether each is known, bool [...]."""
-        rows = np.asarray(rows)
-        known = (rows >= 0) & (rows < self.capacity)
-        safe = np.where(known, rows, 0)
-        known &= self.has_vector[safe]
-        found: Floats = self.vectors[safe]
-        found[~known] = 0.0
-        return found, known
+        return self.space_vectors.of(rows)
 
     def by_hash(self, hashes: npt.NDArray[np.uint64]) -> tuple[Floats, Bools]:
         """Return the vectors of 64-bit item hashes [n]: float32 [n, D] and whether each is known, bool [n]."""

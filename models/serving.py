@@ -1,0 +1,60 @@
+"""What one model version serves with, whole and unchanging: a swap is the assignment of another one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Final
+
+from models.bootstrap import Floats, Space
+from models.catalogue import SpaceVectors
+from models.hashing import hash64
+from models.retrieval import VectorIndex
+
+if TYPE_CHECKING:
+    from models.ctr import CtrScorer
+    from models.features import FeatureConfig
+
+BOOTSTRAP_VERSION: Final = "bootstrap-0"
+"""Version 0: the encoder's fixed projection and the hand-set score."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ServingModel:
+    """One version with everything that it needs: its space and scorer, and the items' vectors in that space.
+
+    Vectors and index follow the catalogue while any role names the version; two versions of one space share them.
+    """
+
+    version: str
+    generation: int
+    """Of the pointer that gave it its role; rows are stamped with that of the live one. 0: the bootstrap at a start."""
+    space: Space
+    scorer: CtrScorer | None
+    """None: the hand-set score of RankingConfig."""
+    features: FeatureConfig | None
+    """What the scorer's features are encoded with; None where there is no scorer."""
+    vectors: SpaceVectors
+    vector_index: VectorIndex
+    carry: tuple[int, Floats] | None = None
+    """Hash of the id of the space whose long-term vectors can be carried over, and the matrix, float32 [D, D]."""
+    window_end_ms: int | None = None
+    """Event time of the newest example that it learned from; None where it learned from none."""
+
+    @property
+    def space_id(self) -> str:
+        """Return the id of the embedding space."""
+        return self.space.space_id
+
+    @property
+    def space_hash(self) -> int:
+        """Return the form of ``space_id`` that user rows carry."""
+        return hash64(self.space.space_id)
+
+    @property
+    def encoder_id(self) -> str:
+        """Return the id of the encoder that the space is of."""
+        return self.space.encoder_id
+
+    def under(self, generation: int) -> ServingModel:
+        """Return the same version under the generation of another pointer."""
+        return self if generation == self.generation else replace(self, generation=generation)
