@@ -20,13 +20,15 @@ BECAUSE_CLICKED: Final = "because_clicked"
 TRENDING: Final = "trending"
 LIKE_PROFILE: Final = "like_profile"
 MATCHES_QUERY: Final = "matches_query"
-KINDS: Final = (BECAUSE_CLICKED, TRENDING, LIKE_PROFILE, MATCHES_QUERY)
+EXPLORATION: Final = "exploration"
+KINDS: Final = (BECAUSE_CLICKED, TRENDING, LIKE_PROFILE, MATCHES_QUERY, EXPLORATION)
 TITLE_CHARACTERS: Final = 80
 
 _TRENDING = Reason(kind=TRENDING, text="Popular at the moment")
 _NEWEST = Reason(kind=TRENDING, text="Among the newest items")
 _CHOSEN = Reason(kind=TRENDING, text="The best known of the items asked for")
 _PROFILE = Reason(kind=LIKE_PROFILE, text="Fits your profile")
+_DRAWN = Reason(kind=EXPLORATION, text="Drawn at random, to learn what you like")
 _QUERY = Reason(kind=MATCHES_QUERY, text="Matches your search")
 _RECENT = Reason(kind=BECAUSE_CLICKED, text="Like what you clicked before")
 _LIKED_SOURCES: Final = frozenset((SHORT_TERM, LONG_TERM, GIVEN))
@@ -46,7 +48,8 @@ class Winners:
     ``rows`` int32 [B, K], ``counts`` int64 [B] (how many of the K there are), ``sources`` int8 [B, K], ``scores`` and
     ``ctr`` float32 [B, K], ``trending`` bool [B, K] (has decayed clicks), ``nearest`` int32 [B, K]: row of the
     nearest item that the user liked, -1 where none is near, ``actions`` uint8 [B, K]: code of what the user did with
-    it, ``asked`` int8 [B]: taste that speaks for items without a nearest one, -1 for none.
+    it, ``asked`` int8 [B]: taste that speaks for items without a nearest one, -1 for none. ``propensities`` float32
+    [B, K]: probability of the item in its slot where the slot was drawn, NaN where it was not; None: nothing was drawn.
     """
 
     rows: I32
@@ -58,6 +61,7 @@ class Winners:
     nearest: I32
     actions: npt.NDArray[np.uint8]
     asked: npt.NDArray[np.int8]
+    propensities: F32 | None = None
 
 
 def nearest_liked(winner_vectors: F32, liked_vectors: F32, known: Bools, least: float) -> npt.NDArray[np.int64]:
@@ -76,7 +80,7 @@ def nearest_liked(winner_vectors: F32, liked_vectors: F32, known: Bools, least: 
 
 
 def assemble(winners: Winners, catalogue: Catalogue) -> list[list[RecommendedItem]]:
-    """Return the items of each slate, positions from 1, propensity None (every slot is deterministic)."""
+    """Return the items of each slate, positions from 1; propensity None in a slot that was not drawn."""
     item_id = catalogue.index.item_id
     counts = winners.counts.tolist()
     asked = winners.asked.tolist()
@@ -90,10 +94,19 @@ def assemble(winners: Winners, catalogue: Catalogue) -> list[list[RecommendedIte
         winners.actions.tolist(),
         strict=True,
     )
+    drawn = winners.propensities.tolist() if winners.propensities is not None else None
     known: dict[tuple[int, int], Reason] = {}
     slates: list[list[RecommendedItem]] = []
     for b, (rows, sources, scores, ctrs, trending, nearest, actions) in enumerate(columns):
         slate = []
+        if drawn is not None and counts[b] and drawn[b][0] == drawn[b][0]:
+            slates.append(
+                [
+                    RecommendedItem(item_id(row), i + 1, scores[i], ctrs[i], SOURCES[sources[i]], drawn[b][i], _DRAWN)
+                    for i, row in enumerate(rows[: counts[b]])
+                ]
+            )
+            continue
         for i in range(counts[b]):
             source, near = sources[i], nearest[i]
             # A popular item that nobody clicked yet is there for being new: being near says more.

@@ -19,6 +19,7 @@ from models.counters import CountersConfig
 from models.encoder import EncoderConfig
 from models.errors import SettingsError
 from models.events import ClockPolicy
+from models.exploration import ExplorationConfig
 from models.recommender import RecommenderConfig
 from models.retrieval import RetrievalConfig
 from models.user_state import UserStateConfig
@@ -170,6 +171,7 @@ class Settings(BaseSettings):
     encoder: EncoderConfig = Field(default_factory=EncoderConfig)
     retrieval: RetrievalConfig = Field(default_factory=RetrievalConfig)
     recommender: RecommenderConfig = Field(default_factory=RecommenderConfig)
+    exploration: ExplorationConfig = Field(default_factory=ExplorationConfig)
 
     @classmethod
     def settings_customise_sources(
