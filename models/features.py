@@ -1,0 +1,293 @@
+"""The one feature encoding, for serving and for training: raw state of slates in, columns of numbers out.
+
+Axes: S slates (one impression, or one request's candidates), C items of a slate (padded), R recent items, F columns.
+Inside, planes are [F, S, C], so that each column is one stretch of memory.
+
+What is compared within a slate is rounded to multiples of 1 / GRID first. Sums of such numbers are exact, so that
+neither the order of the items, nor padding, nor what else is in the batch can change the last bit of a column:
+training sees exactly what serving saw. No column tells how long a slate is, or where an item stood in it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Annotated, Final, Literal
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import BaseModel, ConfigDict, Field
+
+from models.counter_events import ACTIONS, CLICKS, HALF_LIVES, IMPRESSIONS, KINDS
+from models.errors import BundleError
+from models.user_row import RECENT
+
+F32 = npt.NDArray[np.float32]
+F64 = npt.NDArray[np.float64]
+Bools = npt.NDArray[np.bool_]
+
+VERSION: Final = 1
+GRID: Final = 4096.0
+"""Values are compared within a slate in steps of 1 / GRID; 500 squares of up to 64 then add up without rounding."""
+MAX_LOG_COUNT: Final = 16.0
+"""Largest log1p of a count that is told apart: nine million."""
+Z_LIMIT: Final = 6.0
+SIM_SCALE: Final = 8.0
+"""Scale of similarities before they are exponentiated into shares, as in a softmax over the slate."""
+DAY_MS: Final = 86_400_000
+_COLUMN_BITS: Final = 16
+"""Room for the place in the slate beside a value, in one sortable number."""
+
+HALF_LIFE_NAMES: Final = ("first", "second", "third", "fourth")
+RELATIVE_KINDS: Final = ("rank", "share", "z")
+COMPARED: Final[tuple[str, ...]] = (
+    *(f"impressions_{name}" for name in HALF_LIFE_NAMES),
+    *(f"clicks_{name}" for name in HALF_LIFE_NAMES),
+    *(f"ctr_{name}" for name in HALF_LIFE_NAMES),
+    "sim_short",
+    "sim_long",
+    "age",
+)
+"""Columns that are also given as rank, share and z-score within the slate."""
+COLUMNS: Final[tuple[str, ...]] = (
+    *COMPARED,
+    *(f"actions_{name}" for name in HALF_LIFE_NAMES),
+    "age_given",
+    "shown_count",
+    "shown_recency",
+    "shown_ever",
+    "user_impressions",
+    "user_clicks",
+    "user_actions",
+    "user_ctr",
+    "hour_sin",
+    "hour_cos",
+    "weekday_sin",
+    "weekday_cos",
+    *(f"{name}_{kind}" for kind in RELATIVE_KINDS for name in COMPARED),
+)
+"""Names of the columns of version 1, in their order."""
+
+_AT: Final = {name: place for place, name in enumerate(COLUMNS)}
+_PLANES: Final = len(COMPARED)
+_SIMS: Final = slice(_AT["sim_short"], _AT["sim_long"] + 1)
+_CTRS: Final = slice(_AT["ctr_first"], _AT["ctr_fourth"] + 1)
+
+Prior = Annotated[float, Field(gt=0, lt=1)]
+
+
+class FeatureConfig(BaseModel):
+    """What the encoding freezes in a bundle."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    version: Literal[1] = Field(1, description="Version of the encoding: which columns, and how each is made.")
+    prior_ctr: tuple[Prior, Prior, Prior, Prior] = Field(
+        (0.05, 0.05, 0.05, 0.05), description="Mean m of the Beta prior of an item's CTR, for each half-life."
+    )
+    prior_strength: float = Field(
+        20.0, gt=0, le=1e6, description="Impressions s that the prior of a CTR weighs as much as."
+    )
+
+
+@dataclass(slots=True)
+class RawSlates:
+    """Raw state of slates, as it was when they were shown or asked for. Values where not ``valid`` mean nothing."""
+
+    valid: Bools
+    """bool [S, C]."""
+    items: npt.NDArray[np.uint64]
+    """64-bit hashes [S, C]."""
+    counters: npt.NDArray[np.float16]
+    """log1p of decayed counts [S, C, half-lives, kinds], as models.counters orders them."""
+    age_seconds: F32
+    """Time since publication [S, C], NaN = not given."""
+    sims: npt.NDArray[np.float16]
+    """Products of the item's unit vector with the scaled short- and long-term taste [S, C, 2], 0 = none."""
+    shown_counts: npt.NDArray[np.uint8]
+    """Times shown lately to this user [S, C]."""
+    shown_age_seconds: F32
+    """Time since it was last shown [S, C], NaN = never."""
+    positions: npt.NDArray[np.uint16]
+    """1-based [S, C], 0 = not known. Not among the columns: it is the model's own nullable term."""
+    recent_items: npt.NDArray[np.uint64]
+    """Hashes [S, R], newest first, 0 = free."""
+    recent_age_seconds: F32
+    """[S, R]."""
+    recent_codes: npt.NDArray[np.uint8]
+    """Action codes as models.user_row has them [S, R], 0 = free."""
+    user_counts: npt.NDArray[np.uint32]
+    """Impressions, clicks and actions of the user before [S, 3]."""
+    time_ms: npt.NDArray[np.int64]
+    """Epoch milliseconds [S]."""
+
+    @classmethod
+    def empty(cls, slates: int, items: int) -> RawSlates:
+        """Return slates without any item, to be filled in."""
+        shape = (slates, items)
+        return cls(
+            valid=np.zeros(shape, np.bool_),
+            items=np.zeros(shape, np.uint64),
+            counters=np.zeros((*shape, HALF_LIVES, KINDS), np.float16),
+            age_seconds=np.full(shape, np.nan, np.float32),
+            sims=np.zeros((*shape, 2), np.float16),
+            shown_counts=np.zeros(shape, np.uint8),
+            shown_age_seconds=np.full(shape, np.nan, np.float32),
+            positions=np.zeros(shape, np.uint16),
+            recent_items=np.zeros((slates, RECENT), np.uint64),
+            recent_age_seconds=np.zeros((slates, RECENT), np.float32),
+            recent_codes=np.zeros((slates, RECENT), np.uint8),
+            user_counts=np.zeros((slates, 3), np.uint32),
+            time_ms=np.zeros(slates, np.int64),
+        )
+
+    def take(self, at: npt.NDArray[np.integer] | slice) -> RawSlates:
+        """Return the slates at ``at``."""
+        return RawSlates(*(getattr(self, name)[at] for name in self.__slots__))
+
+
+def columns(config: FeatureConfig) -> tuple[str, ...]:
+    """Return the names of the columns that ``encode`` makes under ``config``."""
+    return {1: COLUMNS}[config.version]
+
+
+def spec_id(config: FeatureConfig) -> str:
+    """Return the id of an encoding: a hash of its version, its columns and the shape of its priors.
+
+    A bundle names it. The values of the priors are data, not code: they stand in the bundle and change no id.
+    """
+    told = {"version": config.version, "columns": columns(config), "priors": len(config.prior_ctr)}
+    digest = hashlib.blake2b(json.dumps(told, separators=(",", ":")).encode(), digest_size=6).hexdigest()
+    return f"features-{config.version}-{digest}"
+
+
+def require_spec(named: str, config: FeatureConfig) -> None:
+    """Return if this program makes the encoding ``named`` by a bundle.
+
+    Raises BundleError("feature-spec") otherwise: its scores would be of columns that the model never saw.
+    """
+    own = spec_id(config)
+    if named != own:
+        raise BundleError(
+            "feature-spec",
+            f"the bundle was trained on the feature encoding {named!r}, this program makes {own!r}; the model in use "
+            "was kept: run the program version that wrote the bundle, or train a new one with this",
+        )
+
+
+def encode(raw: RawSlates, config: FeatureConfig) -> F32:
+    """Return the columns, float32 [S, C, F]: finite, zero where not valid, not standardised (the model does it).
+
+    Smoothed CTR: log of (clicks + s·m) / (impressions + s) over m, the posterior mean of a Beta-Binomial with mean m
+    and strength s against that mean (Gelman et al., Bayesian Data Analysis, 3rd ed. 2013, section 2.4). Clicks without
+    their impressions count as impressions too. User CTR: log of (clicks + 1) / (impressions + 2).
+    Rank: share of the slate's other items that are below, ties sharing the lowest. Share: v / (v + the slate's mean).
+    """
+    slates, items = raw.valid.shape
+    planes: F32 = np.zeros((len(COLUMNS), slates, items), np.float32)
+    if slates and items:
+        _counts(planes, raw, config)
+        given = _item_facts(planes, raw)
+        _user_facts(planes, raw)
+        compared = np.broadcast_to(raw.valid, (_PLANES, slates, items)).copy()
+        compared[_AT["age"]] &= given
+        _relative(planes, compared)
+        planes *= raw.valid
+    return np.ascontiguousarray(planes.transpose(1, 2, 0))
+
+
+def _counts(planes: F32, raw: RawSlates, config: FeatureConfig) -> None:
+    logs = np.ascontiguousarray(raw.counters.transpose(3, 2, 0, 1), np.float32)
+    logs = np.clip(np.nan_to_num(logs, copy=False, nan=0.0), 0.0, MAX_LOG_COUNT, out=logs)
+    planes[_AT["impressions_first"] : _AT["impressions_first"] + HALF_LIVES] = logs[IMPRESSIONS]
+    planes[_AT["clicks_first"] : _AT["clicks_first"] + HALF_LIVES] = logs[CLICKS]
+    planes[_AT["actions_first"] : _AT["actions_first"] + HALF_LIVES] = logs[ACTIONS]
+    counts = np.exp(logs[[IMPRESSIONS, CLICKS]]) - np.float32(1)
+    clicks = counts[1]
+    impressions = np.maximum(counts[0], clicks)
+    strength = np.float32(config.prior_strength)
+    prior = np.array(config.prior_ctr, np.float32)[:, None, None]
+    planes[_CTRS] = np.log((clicks / prior + strength) / (impressions + strength))
+
+
+def _item_facts(planes: F32, raw: RawSlates) -> Bools:
+    """Fill what is known of each item; return where its age is given, [S, C]."""
+    sims = np.ascontiguousarray(raw.sims.transpose(2, 0, 1), np.float32)
+    planes[_SIMS] = np.clip(np.nan_to_num(sims, copy=False, nan=0.0), -1.0, 1.0)
+    given: Bools = np.isfinite(raw.age_seconds)
+    planes[_AT["age"]] = np.log1p(np.where(given, np.maximum(raw.age_seconds, 0), 0) / np.float32(3600))
+    planes[_AT["age_given"]] = given
+    planes[_AT["shown_count"]] = np.log1p(raw.shown_counts.astype(np.float32))
+    ever = np.isfinite(raw.shown_age_seconds)
+    hours = np.where(ever, np.maximum(raw.shown_age_seconds, 0), 0) / np.float32(3600)
+    planes[_AT["shown_recency"]] = np.where(ever, 1 / (1 + hours), 0)
+    planes[_AT["shown_ever"]] = ever
+    return given
+
+
+def _user_facts(planes: F32, raw: RawSlates) -> None:
+    """Fill what is the same for all items of a slate: the user's counts, and the time in UTC."""
+    counts = raw.user_counts.astype(np.float64)
+    first = _AT["user_impressions"]
+    planes[first : first + 3] = np.log1p(counts).T[:, :, None]
+    planes[_AT["user_ctr"]] = np.log((counts[:, 1] + 1) / (np.maximum(counts[:, 0], counts[:, 1]) + 2))[:, None]
+    # 1970-01-01 was a Thursday: the week is counted from the Monday before.
+    for name, phase in (("hour", raw.time_ms / DAY_MS), ("weekday", (raw.time_ms / DAY_MS + 3) / 7)):
+        angle = 2 * np.pi * (phase % 1.0)
+        planes[_AT[f"{name}_sin"]] = np.sin(angle)[:, None]
+        planes[_AT[f"{name}_cos"]] = np.cos(angle)[:, None]
+
+
+def _relative(planes: F32, compared: Bools) -> None:
+    """Fill rank, share and z-score within the slate of the compared planes, where ``compared`` [P, S, C]."""
+    steps = np.rint(planes[:_PLANES] * np.float32(GRID)).astype(np.float64)
+    steps *= compared
+    n = compared.sum(axis=2, keepdims=True)
+    present = np.maximum(n, 1)
+    first = _AT[f"{COMPARED[0]}_{RELATIVE_KINDS[0]}"]
+    ranks, shares, zs = (planes[first + i * _PLANES : first + (i + 1) * _PLANES] for i in range(3))
+
+    ranks[:] = _below(steps, compared) / np.maximum(n - 1, 1)
+
+    positive = _positive(planes[:_PLANES])
+    amounts = np.rint(positive * GRID)
+    amounts *= compared
+    mean = amounts.sum(axis=2, keepdims=True) / present
+    # Nothing anywhere in the slate: every item is as good as the mean.
+    shares[:] = np.where(mean > 0, amounts / np.maximum(amounts + mean, 1e-9), 0.5)
+
+    mean = steps.sum(axis=2, keepdims=True) / present
+    off = (steps - mean) * compared
+    spread = np.sqrt(np.rint(off * off).sum(axis=2, keepdims=True) / present)
+    # A spread of less than a step is rounding.
+    zs[:] = np.clip(np.where(spread >= 1, off / np.maximum(spread, 1), 0), -Z_LIMIT, Z_LIMIT)
+    planes[first:] *= np.concatenate([compared] * len(RELATIVE_KINDS))
+
+
+def _positive(values: F32) -> F64:
+    """Return the compared planes as amounts that add up: counts, CTRs against the prior, softmax terms, hours."""
+    amounts = values.astype(np.float64)
+    amounts[_SIMS] *= SIM_SCALE
+    np.exp(amounts, out=amounts)
+    logs_of_one_more = np.ones(_PLANES, np.bool_)
+    logs_of_one_more[_CTRS] = logs_of_one_more[_SIMS] = False
+    amounts[logs_of_one_more] -= 1
+    return amounts
+
+
+def _below(steps: F64, compared: Bools) -> npt.NDArray[np.int64]:
+    """Return for each compared value how many compared ones of its slate are below it, int64 [P, S, C]."""
+    width = steps.shape[2]
+    keys = steps.astype(np.int64) << _COLUMN_BITS
+    keys[~compared] = np.int64(1) << 62
+    keys |= np.arange(width)
+    keys.sort(axis=2)
+    places = keys & ((1 << _COLUMN_BITS) - 1)
+    keys >>= _COLUMN_BITS
+    starts = np.zeros(keys.shape, np.int64)
+    starts[..., 1:] = np.where(keys[..., 1:] != keys[..., :-1], np.arange(1, width), 0)
+    np.maximum.accumulate(starts, axis=2, out=starts)
+    below = np.empty_like(starts)
+    np.put_along_axis(below, places, starts, axis=2)
+    return below

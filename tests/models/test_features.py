@@ -1,0 +1,189 @@
+"""models.features: every column finite, the same in any order, padding and batch."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from models.errors import BundleError
+from models.features import COLUMNS, FeatureConfig, RawSlates, columns, encode, require_spec, spec_id
+
+CONFIG = FeatureConfig(prior_ctr=(0.1, 0.1, 0.1, 0.1), prior_strength=10.0)
+MONDAY_6_UTC_MS = 1_704_088_800_000
+"""2024-01-01T06:00:00Z."""
+
+
+def column(x: np.ndarray, name: str) -> list[float]:
+    """Return a column of the first slate."""
+    return [round(float(v), 4) for v in x[0, :, COLUMNS.index(name)]]
+
+
+def slate(**fields: list[float]) -> RawSlates:
+    """Return one slate with the given impressions, clicks, ages and sims of its items."""
+    raw = RawSlates.empty(1, len(next(iter(fields.values()))))
+    raw.valid[:] = True
+    raw.time_ms[:] = MONDAY_6_UTC_MS
+    for name, values in fields.items():
+        if name in ("impressions", "clicks"):
+            kind = ("impressions", "clicks").index(name)
+            raw.counters[0, :, :, kind] = np.log1p(np.array(values))[:, None]
+        elif name == "sim":
+            raw.sims[0, :, 0] = values
+        else:
+            getattr(raw, name)[0] = values
+    return raw
+
+
+def random_slates(seed: int, slates: int, items: int) -> RawSlates:
+    """Return slates with many equal values, missing ages and items never shown."""
+    random = np.random.default_rng(seed)
+    raw = RawSlates.empty(slates, items)
+    raw.valid[:] = random.random((slates, items)) < 0.8
+    raw.counters[:] = np.log1p(random.poisson(random.gamma(0.4, 40, (slates, items, 1, 1)), (slates, items, 4, 3)))
+    ages = random.gamma(0.5, 2e5, (slates, items))
+    raw.age_seconds[:] = np.where(random.random((slates, items)) < 0.3, np.nan, ages)
+    raw.sims[:] = random.normal(0, 0.3, (slates, items, 2)) * (random.random((slates, items, 1)) < 0.9)
+    raw.shown_counts[:] = random.poisson(0.3, (slates, items))
+    raw.shown_age_seconds[:] = np.where(raw.shown_counts > 0, random.gamma(1, 9e3, (slates, items)), np.nan)
+    raw.user_counts[:] = random.poisson(20, (slates, 3))
+    raw.time_ms[:] = random.integers(0, 4_102_444_800_000, slates)
+    return raw
+
+
+def garbage() -> RawSlates:
+    """Return a slate of the worst values that the fields can hold."""
+    raw = RawSlates.empty(1, 6)
+    raw.valid[:] = True
+    worst = [np.nan, np.inf, -np.inf, 65504, -65504, 0]
+    raw.counters[:] = np.array(worst, np.float16)[None, :, None, None]
+    raw.sims[:] = np.array(worst, np.float16)[None, :, None]
+    raw.age_seconds[:] = raw.shown_age_seconds[:] = np.array([np.nan, np.inf, -np.inf, 3e38, -3e38, 0], np.float32)
+    raw.shown_counts[:] = 255
+    raw.user_counts[:] = 2**32 - 1
+    raw.time_ms[:] = -(2**61)
+    return raw
+
+
+def test_every_column_is_finite_whatever_the_raw_values_are() -> None:
+    assert np.isfinite(encode(garbage(), CONFIG)).all()
+
+
+def test_items_that_are_not_valid_have_zeros() -> None:
+    raw = random_slates(1, 3, 8)
+    raw.valid[:, 5:] = False
+    assert not encode(raw, CONFIG)[:, 5:].any()
+
+
+def test_no_slate_and_no_item_give_an_empty_array_of_all_columns() -> None:
+    assert encode(RawSlates.empty(0, 7), CONFIG).shape == (0, 7, len(COLUMNS))
+    assert encode(RawSlates.empty(2, 0), CONFIG).shape == (2, 0, len(COLUMNS))
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 2**20), slates=st.integers(1, 4), items=st.integers(1, 40))
+def test_permuting_the_items_permutes_the_rows_bit_for_bit(seed: int, slates: int, items: int) -> None:
+    raw = random_slates(seed, slates, items)
+    order = np.random.default_rng(seed + 1).permutation(items)
+    other = random_slates(seed, slates, items)
+    for name in ("valid", "counters", "age_seconds", "sims", "shown_counts", "shown_age_seconds"):
+        setattr(other, name, getattr(raw, name)[:, order])
+    assert np.array_equal(encode(other, CONFIG), encode(raw, CONFIG)[:, order])
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 2**20), slates=st.integers(1, 5), items=st.integers(1, 40), more=st.integers(1, 200))
+def test_padding_and_the_rest_of_the_batch_change_no_bit(seed: int, slates: int, items: int, more: int) -> None:
+    raw = random_slates(seed, slates, items)
+    together = encode(raw, CONFIG)
+    for s in range(slates):
+        padded = RawSlates.empty(1, items + more)
+        for name in RawSlates.__slots__:
+            value = getattr(raw, name)[s : s + 1]
+            target = getattr(padded, name)
+            target[(slice(None), *(slice(0, n) for n in value.shape[1:]))] = value
+        assert np.array_equal(encode(padded, CONFIG)[0, :items], together[s])
+
+
+def test_an_item_alone_has_the_lowest_rank_the_mean_share_and_no_z_score() -> None:
+    x = encode(slate(clicks=[3.0]), CONFIG)
+    assert [column(x, f"clicks_first_{kind}") for kind in ("rank", "share", "z")] == [[0.0], [0.5], [0.0]]
+
+
+def test_ties_share_the_lowest_rank() -> None:
+    assert column(encode(slate(clicks=[5.0, 0.0, 5.0, 9.0, 0.0]), CONFIG), "clicks_first_rank") == [
+        0.5,
+        0.0,
+        0.5,
+        1.0,
+        0.0,
+    ]
+
+
+def test_a_share_is_the_part_of_an_item_beside_the_mean() -> None:
+    x = encode(slate(clicks=[6.0, 2.0, 1.0, 3.0]), CONFIG)
+    assert np.allclose(column(x, "clicks_first_share"), [6 / 9, 2 / 5, 1 / 4, 3 / 6], atol=2e-3)
+
+
+def test_the_same_items_twice_have_the_same_shares_and_z_scores() -> None:
+    once = encode(slate(clicks=[6.0, 2.0, 1.0, 3.0]), CONFIG)
+    twice = encode(slate(clicks=[6.0, 2.0, 1.0, 3.0] * 2), CONFIG)
+    for kind in ("share", "z"):
+        assert column(twice, f"clicks_first_{kind}") == column(once, f"clicks_first_{kind}") * 2
+
+
+def test_z_scores_have_mean_zero_and_spread_one() -> None:
+    z = column(encode(slate(sim=[0.1, 0.5, -0.3, 0.2]), CONFIG), "sim_short_z")
+    assert np.allclose([np.mean(z), np.std(z)], [0, 1], atol=1e-3)
+
+
+def test_a_ctr_is_told_against_the_prior() -> None:
+    x = encode(slate(impressions=[100.0, 0.0, 90.0], clicks=[28.0, 0.0, 9.0]), CONFIG)
+    # (28 + 10 · 0.1) / (100 + 10) over 0.1; nothing seen is the prior itself; 10 / 100 over 0.1.
+    assert np.allclose(column(x, "ctr_first"), [np.log(29 / 110 / 0.1), 0.0, np.log(10 / 100 / 0.1)], atol=5e-3)
+
+
+def test_clicks_without_impressions_count_as_impressions() -> None:
+    x = encode(slate(impressions=[0.0], clicks=[10.0]), CONFIG)
+    assert np.allclose(column(x, "ctr_first"), [np.log(11 / 20 / 0.1)], atol=5e-3)
+
+
+def test_an_item_without_an_age_takes_no_part_in_the_ranks_of_age() -> None:
+    x = encode(slate(age_seconds=[3600.0, float("nan"), 7200.0]), CONFIG)
+    assert column(x, "age") == [round(float(np.log(2)), 4), 0.0, round(float(np.log(3)), 4)]
+    assert column(x, "age_given") == [1.0, 0.0, 1.0]
+    assert column(x, "age_rank") == [0.0, 0.0, 1.0]
+
+
+def test_an_item_never_shown_has_no_recency() -> None:
+    raw = slate(shown_counts=[2, 0], shown_age_seconds=[3600.0, float("nan")])
+    x = encode(raw, CONFIG)
+    assert column(x, "shown_recency") == [0.5, 0.0]
+    assert column(x, "shown_ever") == [1.0, 0.0]
+
+
+def test_the_hour_and_the_weekday_are_angles() -> None:
+    x = encode(slate(clicks=[0.0]), CONFIG)
+    assert (column(x, "hour_sin"), column(x, "hour_cos")) == ([1.0], [0.0])
+    assert column(x, "weekday_sin") == [round(float(np.sin(2 * np.pi * 0.25 / 7)), 4)]
+
+
+def test_the_slate_length_and_the_positions_are_in_no_column() -> None:
+    lone, long = slate(clicks=[0.0, 0.0]), slate(clicks=[0.0] * 9)
+    long.positions[:] = np.arange(1, 10)
+    assert np.array_equal(encode(lone, CONFIG)[0, 0], encode(long, CONFIG)[0, 4])
+
+
+def test_the_spec_id_stays_as_bundles_have_written_it() -> None:
+    assert spec_id(FeatureConfig()) == "features-1-e0533dda0d64"
+    assert len(columns(FeatureConfig())) == len(set(COLUMNS)) == 76
+
+
+def test_other_priors_are_the_same_spec() -> None:
+    assert spec_id(CONFIG) == spec_id(FeatureConfig())
+
+
+def test_a_bundle_of_another_spec_is_refused_by_name() -> None:
+    with pytest.raises(BundleError, match=r"feature-spec: .*'features-2-0123456789ab'.*kept"):
+        require_spec("features-2-0123456789ab", CONFIG)
