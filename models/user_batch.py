@@ -8,11 +8,22 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from models.user_events import ACTION, NO_SURFACE, Bools, UserEvent, UserStateConfig, VectorSource, strengths
+from models.user_events import (
+    ACTION,
+    NO_SURFACE,
+    Bools,
+    UserEvent,
+    UserStateConfig,
+    VectorSource,
+    attribution_windows,
+    strengths,
+)
 from models.user_row import DIM, SHOWN, Rows
 from models.user_steps import F32, StepRates, norms
 
 Ints = npt.NDArray[np.intp]
+Carry = tuple[int, F32]
+"""Hash of the space that vectors are carried over from, and M [D, D]: v in that space is about v @ M in this one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +39,10 @@ class Context:
     strengths: F32
     biases: F32
     """Base-rate logit by surface number, [256]."""
+    windows_seconds: npt.NDArray[np.int64]
+    """Attribution window by surface number, [256]."""
     half_lives_T: npt.NDArray[np.float64]
+    carry: Carry | None
 
     @classmethod
     def of(
@@ -39,6 +53,7 @@ class Context:
         space_id: int,
         generation: int,
         surfaces: Sequence[str],
+        carry: Carry | None = None,
     ) -> Context:
         """Return the context of one batch; arguments as of models.user_state.apply."""
         return cls(
@@ -50,7 +65,9 @@ class Context:
             _rates(config),
             strengths(config),
             _biases(config, surfaces),
+            attribution_windows(config, surfaces),
             half_lives(config),
+            carry,
         )
 
 

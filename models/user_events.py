@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Annotated, Final, Protocol
@@ -64,7 +64,14 @@ class UserStateConfig(BaseModel):
         0.0, ge=0, description="A dwell time below this has y = 0; 0: none has. Between the two: no step."
     )
     attribution_window_seconds: int = Field(
-        1_800, ge=1, le=30 * 86_400, description="How long after an impression an action may belong to it, seconds."
+        1_800,
+        ge=1,
+        le=30 * 86_400,
+        description="How long after an impression an action may belong to it, seconds, where "
+        "attribution_windows_seconds does not name a surface.",
+    )
+    attribution_windows_seconds: dict[str, Annotated[int, Field(ge=1, le=30 * 86_400)]] = Field(
+        default_factory=dict, description="The same by surface, seconds."
     )
     unclicked_weight: float = Field(
         0.1, ge=0, le=1, description="Weight of the step against an impression that nobody clicked, mean of its items."
@@ -78,6 +85,25 @@ class UserStateConfig(BaseModel):
         le=255,
         description="Such steps in a row, since the last positive action, that move the vector at all.",
     )
+
+
+def surface_names(default: str, served: Iterable[str], config: UserStateConfig) -> list[str]:
+    """Return the names of surfaces by number: the default one first, then ``served``, then those of ``config``.
+
+    Rows keep the numbers: names that only the base rates or the attribution windows have come last.
+    """
+    names = [default, *sorted({*served} - {default})]
+    for table in (config.base_rates, config.attribution_windows_seconds):
+        names += sorted({*table} - {*names})
+    return names
+
+
+def attribution_windows(config: UserStateConfig, surfaces: Sequence[str]) -> npt.NDArray[np.int64]:
+    """Return the attribution window by surface number, seconds, int64 [256]."""
+    table = np.full(256, config.attribution_window_seconds, np.int64)
+    for number, name in enumerate(surfaces[:NO_SURFACE]):
+        table[number] = config.attribution_windows_seconds.get(name, config.attribution_window_seconds)
+    return table
 
 
 class VectorSource(Protocol):

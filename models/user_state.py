@@ -11,14 +11,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Final
+from typing import Any, Final, Literal, overload
 
 import numpy as np
 import numpy.typing as npt
 
 from models.errors import RowError
 from models.events import ACTIONS
-from models.user_batch import Columns, Context, Ints, RowVectors, half_lives, read_vectors, rounds
+from models.user_batch import Carry, Columns, Context, Ints, RowVectors, half_lives, read_vectors, rounds
 from models.user_events import (
     ACTION,
     IMPRESSION,
@@ -89,9 +89,42 @@ __all__ = [
     "user_vectors",
 ]
 
+Times = int | npt.NDArray[np.int64]
 _CLICK: Final = ACTIONS.index("click") + 1
 _NO_SLOT: Final = PENDING_ITEMS
 """Place of the acted-on item where the impression does not hold it: one after the held ones."""
+
+
+@overload
+def apply(
+    rows: Rows,
+    events: Sequence[UserEvent],
+    vectors: VectorSource,
+    config: UserStateConfig,
+    *,
+    epoch: int,
+    space_id: int,
+    generation: int,
+    surfaces: Sequence[str] = (),
+    carry: Carry | None = None,
+    keep_before: Literal[False] = False,
+) -> tuple[Rows, npt.NDArray[np.int8]]: ...
+
+
+@overload
+def apply(
+    rows: Rows,
+    events: Sequence[UserEvent],
+    vectors: VectorSource,
+    config: UserStateConfig,
+    *,
+    epoch: int,
+    space_id: int,
+    generation: int,
+    surfaces: Sequence[str] = (),
+    carry: Carry | None = None,
+    keep_before: Literal[True],
+) -> tuple[Rows, npt.NDArray[np.int8], Rows, Ints]: ...
 
 
 def apply(
@@ -104,13 +137,18 @@ def apply(
     space_id: int,
     generation: int,
     surfaces: Sequence[str] = (),
-) -> tuple[Rows, npt.NDArray[np.int8]]:
+    carry: Carry | None = None,
+    keep_before: bool = False,
+) -> tuple[Rows, npt.NDArray[np.int8]] | tuple[Rows, npt.NDArray[np.int8], Rows, Ints]:
     """Return the rows after ``events``, in their order, and what each event did (Outcome), int8 [N].
 
     ``rows`` is not changed; ``UserEvent.user`` points into it. ``epoch`` is the hash of the events topic's id,
     ``space_id`` (not 0) that of the id of the space that ``vectors`` are in, ``generation`` its bundle's.
-    ``surfaces``: names by surface number, as given to ``user_event``; base rates are found by them.
-    Raises RowError where the vectors do not have the row's dimension.
+    ``surfaces``: names by surface number, as given to ``user_event``; base rates and windows are found by them.
+    ``carry``: a row of that space keeps its long-term vector, mapped, where it would be made anew.
+    With ``keep_before`` also: for each impression among ``events`` its row as it stood before it, [n], and which
+    event that is, intp [n], rising. What the event did is in the outcomes: the row before a REPLAYED one already holds
+    it. Raises RowError where the vectors do not have the row's dimension.
     """
     if vectors.dim != DIM:
         raise RowError(
@@ -118,17 +156,23 @@ def apply(
         )
     out = rows.copy()
     outcomes = np.zeros(len(events), np.int8)
+    kinds = np.fromiter((event.kind for event in events), np.int8, len(events))
+    before_index = np.flatnonzero(kinds == IMPRESSION) if keep_before else np.zeros(0, np.intp)
+    before = empty_rows(len(before_index))
     if not events:
-        return out, outcomes
-    context = Context.of(config, vectors, epoch, space_id, generation, surfaces)
+        return (out, outcomes, before, before_index) if keep_before else (out, outcomes)
+    context = Context.of(config, vectors, epoch, space_id, generation, surfaces, carry)
     users = np.fromiter((event.user for event in events), np.intp, len(events))
     touched, order, bounds = rounds(users)
     work = out[touched]
     columns = Columns.of(events, vectors).take(order)
     for start, end in pairwise(bounds):
+        if keep_before:
+            shown_now = np.flatnonzero(columns.kind[start:end] == IMPRESSION)
+            before[np.searchsorted(before_index, order[start:end][shown_now])] = work[shown_now]
         outcomes[order[start:end]] = _round(work[: end - start], columns.take(slice(start, end)), context)
     out[touched] = work
-    return out, outcomes
+    return (out, outcomes, before, before_index) if keep_before else (out, outcomes)
 
 
 def _round(rows: Rows, events: Columns, context: Context) -> npt.NDArray[np.int8]:
@@ -184,6 +228,7 @@ def _enter_space(rows: Rows, now_ms: npt.NDArray[np.int64], vectors: RowVectors,
     since_ms = np.where(rows["vector_time_ms"] > 0, rows["vector_time_ms"], now_ms)
     if len(stale):
         rebuilt_RTD, pending = _rebuilt(rows[stale], now_ms[stale], context)
+        _carry_over(rows[stale], now_ms[stale], rebuilt_RTD, context)
         vectors.set(stale, rebuilt_RTD)
         rows["recent"]["action"][stale] = pending
         rows["unclicked"][stale] = 0
@@ -229,6 +274,28 @@ def _rebuilt(rows: Rows, until_ms: npt.NDArray[np.int64], context: Context) -> t
     return h_RTD, codes | np.where(pending, STEP_PENDING, 0).astype(np.uint8)
 
 
+def _carry_over(rows: Rows, until_ms: npt.NDArray[np.int64], h_RTD: F32, context: Context) -> None:
+    """Replace, in place, the long-term vectors made anew of rows in the space that they can be carried over from.
+
+    The map keeps years of taste of which the ring holds 16 items; least squares does not keep lengths, so the vector's
+    own is given back.
+    """
+    if context.carry is None:
+        return
+    old_space, carry_DD = context.carry
+    at = np.flatnonzero(rows["space_id"] == np.uint64(old_space))
+    if not len(at):
+        return
+    long_RD = read_vectors(rows[at])[:, 1]
+    mapped_RD = long_RD @ carry_DD
+    length_R, mapped_length_R = np.linalg.norm(long_RD, axis=1), np.linalg.norm(mapped_RD, axis=1)
+    since_ms = rows["vector_time_ms"][at]
+    elapsed = np.where(since_ms > 0, np.maximum(until_ms[at] - since_ms, 0), 0) / 1000.0
+    scale_R = length_R / np.where(mapped_length_R > 0, mapped_length_R, 1) * _decay(elapsed, context)[:, 1, 0]
+    held = mapped_length_R > 0
+    h_RTD[at[held], 1] = (mapped_RD * scale_R[:, None])[held]
+
+
 def _decay(elapsed_seconds: npt.NDArray[Any], context: Context) -> F32:
     factor: F32 = np.exp2(-elapsed_seconds[:, None] / context.half_lives_T).astype(np.float32)[..., None]
     return factor
@@ -267,7 +334,7 @@ def _close_impressions(
     """Remove the impressions whose window is over, in order of closing, with a weak step against the unclicked."""
     ring = rows["pending"]
     age_s = (now_ms // 1000)[:, None] - ring["time_s"]
-    over = (ring["n"] > 0) & (age_s > context.config.attribution_window_seconds) & ~frozen[:, None]
+    over = (ring["n"] > 0) & (age_s > context.windows_seconds[ring["surface"]]) & ~frozen[:, None]
     some = np.flatnonzero(over.any(axis=1))
     if not len(some):
         return
@@ -380,7 +447,7 @@ def _match(
     """
     ring = rows["pending"][at]
     age_s = (events.time_ms // 1000)[:, None] - ring["time_s"]
-    open_ = (ring["n"] > 0) & (age_s <= context.config.attribution_window_seconds)
+    open_ = (ring["n"] > 0) & (age_s <= context.windows_seconds[ring["surface"]])
     holds = ring["items"] == short[:, None, None]
     by_request = open_ & (ring["request"] == events.request[:, None]) & (events.request != 0)[:, None]
     by_item = open_ & holds.any(axis=2)
@@ -445,16 +512,19 @@ def _impress(rows: Rows, at: Ints, events: Columns) -> None:
 
 def user_vectors(
     rows: Rows,
-    now_ms: int,
+    now_ms: Times,
     config: UserStateConfig | None = None,
     *,
     vectors: VectorSource | None = None,
     space_id: int | None = None,
+    carry: Carry | None = None,
 ) -> tuple[F32, F32, Bools]:
     """Return the short-term and the long-term vectors decayed to ``now_ms``, float32 [n, D], and who has any, bool [n].
 
+    ``now_ms``: one time, or one for each row, int64 [n].
     With ``vectors`` and ``space_id``, a row whose vectors are in another space is served with vectors made anew
-    from its recent items; the row is not rewritten. ``config``: the half-lives; default: those of UserStateConfig().
+    from its recent items, or carried over as ``apply`` does it; the row is not rewritten. ``config``: the half-lives;
+    default: those of UserStateConfig().
     """
     config = config or UserStateConfig()
     elapsed_seconds = np.maximum(now_ms - rows["vector_time_ms"], 0) / 1000.0
@@ -463,8 +533,11 @@ def user_vectors(
     if vectors is not None and space_id is not None:
         foreign = np.flatnonzero((rows["space_id"] != np.uint64(space_id)) & (rows["space_id"] != 0))
         if len(foreign):
-            until_ms = np.full(len(foreign), now_ms, np.int64)
-            h_RTD[foreign], _ = _rebuilt(rows[foreign], until_ms, Context.of(config, vectors, 0, space_id, 0, ()))
+            until_ms = np.broadcast_to(np.asarray(now_ms, np.int64), len(rows))[foreign]
+            context = Context.of(config, vectors, 0, space_id, 0, (), carry)
+            rebuilt_RTD, _ = _rebuilt(rows[foreign], until_ms, context)
+            _carry_over(rows[foreign], until_ms, rebuilt_RTD, context)
+            h_RTD[foreign] = rebuilt_RTD
     has = (h_RTD != 0).any(axis=(1, 2))
     return np.ascontiguousarray(h_RTD[:, 0]), np.ascontiguousarray(h_RTD[:, 1]), has
 
@@ -476,10 +549,11 @@ class UserReader:
     config: UserStateConfig
     vectors: VectorSource
     space_id: int
+    carry: Carry | None = None
 
-    def user_vectors(self, rows: Rows, now_ms: int) -> tuple[F32, F32, Bools]:
+    def user_vectors(self, rows: Rows, now_ms: Times) -> tuple[F32, F32, Bools]:
         """Return vectors in this reader's space, see ``user_vectors``."""
-        return user_vectors(rows, now_ms, self.config, vectors=self.vectors, space_id=self.space_id)
+        return user_vectors(rows, now_ms, self.config, vectors=self.vectors, space_id=self.space_id, carry=self.carry)
 
     def shown(self, rows: Rows) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
         """See models.user_row.shown."""

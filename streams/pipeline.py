@@ -21,6 +21,7 @@ from models.errors import RecordError
 from models.events import Action, Impression, Recommendation, Request, Trigger
 from models.hashing import recommendation_id
 from models.recommender import Recommender, Slate, SlateRequest
+from models.user_events import surface_names
 from models.user_row import decode_rows, encode_rows
 from models.user_state import Outcome, apply, user_event
 from streams.decode import Decoded, Message, decode
@@ -141,10 +142,8 @@ class Pipeline:
         self._stage_seconds = {"retrieve": 0.0, "rank": 0.0}
         self._stage_began = 0.0
         recommender.on_stage = self._on_stage
-        # The first is that of events which name none. Pending impressions keep the numbers: base rates come last.
-        named = {*settings.recommender.surfaces} - {default}
-        rated = {*settings.user_state.base_rates} - named - {default}
-        self._surfaces = [default, *sorted(named), *sorted(rated)]
+        # The first is that of events which name none.
+        self._surfaces = surface_names(default, settings.recommender.surfaces, settings.user_state)
 
     def prepare(
         self,

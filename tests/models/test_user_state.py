@@ -43,7 +43,13 @@ HALF = ItemVectors(range(0, 30, 2))
 ALL = ItemVectors(range(30))
 OTHER_SPACE = ItemVectors(range(30), seed=1)
 STRONG = CONFIG.model_copy(
-    update={"base_rates": {"mail": 0.3}, "unclicked_weight": 1.0, "unclicked_max_share": 0.2, "weight_decay": 0.5}
+    update={
+        "base_rates": {"mail": 0.3},
+        "attribution_windows_seconds": {"mail": 60},
+        "unclicked_weight": 1.0,
+        "unclicked_max_share": 0.2,
+        "weight_decay": 0.5,
+    }
 )
 """Negatives and shrink strong enough to be seen beside fp16's rounding."""
 
@@ -108,7 +114,7 @@ def test_a_batch_equals_the_plain_reference_through_new_items_new_spaces_and_lag
     for part, (source, space_id, generation) in zip(parts, stages, strict=True):
         rows = run(rows, part, source, STRONG, space_id=space_id, generation=generation)
         vectors = {full: [float(x) for x in v] for full, v in source.by_full.items()}
-        world = World(STRONG, vectors, EPOCH, space_id, generation, {1: 0.3})
+        world = World(STRONG, vectors, EPOCH, space_id, generation, {1: 0.3}, {1: 60})
         for single in part:
             references[single.user].apply(single, world)
     same_as_reference(rows, references)
@@ -464,3 +470,86 @@ def test_a_request_record_has_no_items() -> None:
         Request(event_id="e", event_time=1, user_id="u", request_id="r"), 0, 0, START_MS, CONFIG, SURFACES
     )
     assert (made.kind, made.surface, len(made.items)) == (REQUEST, 0, 0)
+
+
+# --- rows before impressions, windows by surface, carried vectors
+
+
+@given(logs())
+def test_the_rows_kept_are_those_that_stood_before_each_impression(log: list[UserEvent]) -> None:
+    _, _, before, index = apply(
+        empty_rows(3), log, ALL, CONFIG, epoch=EPOCH, space_id=SPACE, generation=GENERATION, keep_before=True
+    )
+    rows, want = empty_rows(3), []
+    for single in log:
+        if single.kind == IMPRESSION:
+            want.append(rows[single.user].tobytes())
+        rows = run(rows, [single])
+    assert index.tolist() == [number for number, single in enumerate(log) if single.kind == IMPRESSION]
+    assert [row.tobytes() for row in before] == want
+
+
+def test_the_row_kept_before_a_replayed_impression_is_the_one_that_holds_it() -> None:
+    shown_once = run(empty_rows(1), [impression([1, 2], 5)])
+    _, done, before, index = apply(
+        shown_once, [impression([1, 2], 5)], ALL, CONFIG, epoch=EPOCH, space_id=SPACE, generation=3, keep_before=True
+    )
+    assert (done.tolist(), index.tolist()) == ([Outcome.REPLAYED], [0])
+    assert before.tobytes() == shown_once.tobytes()
+
+
+def test_a_surface_with_a_window_of_its_own_closes_by_it() -> None:
+    config = CONFIG.model_copy(update={"attribution_windows_seconds": {"mail": 60}})
+    log = [
+        event(IMPRESSION, [1], offset=0, surface=0),
+        event(IMPRESSION, [2], offset=1, surface=1),
+        event(REQUEST, [], offset=2, time_ms=START_MS + 61_000),
+    ]
+    rows = run(empty_rows(1), log, config=config)
+    assert [int(entry["surface"]) for entry in rows["pending"][0] if entry["n"]] == [0]
+
+
+def turned(degrees: float) -> Vector:
+    """Return a map of the space that turns its first two axes."""
+    carry = np.eye(64, dtype=np.float32)
+    c, s = np.cos(np.radians(degrees)), np.sin(np.radians(degrees))
+    carry[:2, :2] = [[c, s], [-s, c]]
+    return carry
+
+
+def test_a_rebuild_carries_the_long_term_vector_over_and_makes_the_short_term_one_anew() -> None:
+    held = run(empty_rows(1), [click(item, item, START_MS + item) for item in range(20)])
+    events = [event(REQUEST, [], offset=30, time_ms=START_MS + 20)]
+    carry = (SPACE, turned(90))
+    moved, _ = apply(held, events, OTHER_SPACE, CONFIG, epoch=EPOCH, space_id=77, generation=4, carry=carry)
+    anew = run(held, events, OTHER_SPACE, space_id=77, generation=4)
+    (short_term,), (long_term,), _ = user_vectors(moved, START_MS + 20, CONFIG)
+    np.testing.assert_array_equal(short_term, user_vectors(anew, START_MS + 20, CONFIG)[0][0])
+    (_,), (before,), _ = user_vectors(held, START_MS + 20, CONFIG)
+    np.testing.assert_allclose(long_term, before @ turned(90), atol=1e-3)
+
+
+def test_a_row_is_served_with_the_long_term_vector_that_its_next_event_will_carry_over() -> None:
+    held = run(empty_rows(1), [click(item, item, START_MS + item) for item in range(20)])
+    later_ms = START_MS + 86_400_000
+    carry = (SPACE, turned(30))
+    served = UserReader(CONFIG, OTHER_SPACE, 77, carry).user_vectors(held, later_ms)
+    events = [event(REQUEST, [], offset=30, time_ms=later_ms)]
+    moved, _ = apply(held, events, OTHER_SPACE, CONFIG, epoch=EPOCH, space_id=77, generation=4, carry=carry)
+    for have, want in zip(served[:2], user_vectors(moved, later_ms, CONFIG)[:2], strict=True):
+        np.testing.assert_allclose(have, want, atol=1e-3)
+
+
+def test_a_row_of_another_space_than_the_map_knows_is_made_anew() -> None:
+    held = run(empty_rows(1), [click(item, item, START_MS + item) for item in range(20)])
+    with_map = UserReader(CONFIG, OTHER_SPACE, 77, (SPACE + 1, turned(30))).user_vectors(held, START_MS)
+    without = UserReader(CONFIG, OTHER_SPACE, 77).user_vectors(held, START_MS)
+    np.testing.assert_array_equal(with_map[1], without[1])
+
+
+def test_vectors_are_read_at_a_time_for_each_row() -> None:
+    rows = run(empty_rows(2), [click(1, 0), click(1, 1, user=1)])
+    times_ms = np.array([START_MS, START_MS + 3_600_000])
+    together = user_vectors(rows, times_ms, CONFIG)
+    for place, time_ms in enumerate(times_ms.tolist()):
+        np.testing.assert_array_equal(together[0][place], user_vectors(rows[place : place + 1], time_ms, CONFIG)[0][0])

@@ -81,6 +81,10 @@ class World:
     space_id: int
     generation: int
     base_rates: dict[int, float] = field(default_factory=dict)
+    windows_seconds: dict[int, int] = field(default_factory=dict)
+
+    def window(self, surface: int) -> int:
+        return self.windows_seconds.get(surface, self.config.attribution_window_seconds)
 
     def known(self, item: int) -> Vector | None:
         return self.vectors.get(item)
@@ -203,8 +207,7 @@ class ReferenceRow:
             self._finish(t, h, world)
 
     def _close(self, now_ms: int, world: World) -> None:
-        window = world.config.attribution_window_seconds
-        over = [o for o in reversed(self.open) if now_ms // 1000 - o.time_s > window]
+        over = [o for o in reversed(self.open) if now_ms // 1000 - o.time_s > world.window(o.surface)]
         for impression in sorted(over, key=lambda o: o.time_s):
             if not impression.clicked:
                 self._against(impression, world)
@@ -237,7 +240,7 @@ class ReferenceRow:
         self.shown = (fresh + [s for s in self.shown if s.item not in items[:20]])[:20]
 
     def _matched(self, event: UserEvent, item: int, world: World) -> Open | None:
-        usable = [o for o in self.open if event.time_ms // 1000 - o.time_s <= world.config.attribution_window_seconds]
+        usable = [o for o in self.open if event.time_ms // 1000 - o.time_s <= world.window(o.surface)]
         for o in usable:
             if event.request_hash and o.request == event.request_hash:
                 return o
