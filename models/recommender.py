@@ -27,6 +27,7 @@ from models.candidates import (
 from models.catalogue import Catalogue
 from models.counters import ItemCounters
 from models.events import MAX_CANDIDATES, MAX_K, Filters, Reason, RecommendedItem, Request, epoch_ms
+from models.exploration import RANDOMISED, draw
 from models.hashing import hash64
 from models.ranking import (
     F32,
@@ -123,6 +124,8 @@ class SlateRequest:
     profile_vector: F32 | None = None
     """float32 [D], of the profile text; used where the user has no vector of their own."""
     request: Request | None = None
+    draw_seed: int | None = None
+    """Of a randomised user: the slate is drawn with this seed (models.exploration.draw_seed); None: ranked."""
 
     @classmethod
     def of(
@@ -154,6 +157,8 @@ class Slate:
     items: list[RecommendedItem]
     degraded: bool
     surface: str
+    experiment: str | None = None
+    """RANDOMISED where the items were drawn instead of ranked."""
 
 
 class Recommender:
@@ -212,7 +217,8 @@ class Recommender:
             batch = [requests[i] for i in members]
             states = rows[np.array([r.row for r in batch], np.int64)]
             for i, items in zip(members, self._rank(states, batch, given, width, now_ms), strict=True):
-                slates[i] = Slate(items, False, self._surface_name(requests[i]))
+                experiment = None if requests[i].draw_seed is None else RANDOMISED
+                slates[i] = Slate(items, False, self._surface_name(requests[i]), experiment)
         return [slates[i] for i in range(len(requests))]
 
     def fallback(self, rows: UserRows, requests: Sequence[SlateRequest], now_ms: int) -> list[Slate]:
@@ -284,8 +290,11 @@ class Recommender:
         if given:
             scores -= is_in(pool.rows, past.unwanted) * UNWANTED_PENALTY
         columns, counts = top_k(scores, pool.rows, pool.valid, int(ks.max(initial=0)))
+        counts = np.minimum(counts, ks)
+        drawn = self._draw(batch, pool, past, columns, counts)
         self.on_stage("score")
-        winners = self._winners(pool, features, scores, columns, np.minimum(counts, ks), past, active)
+        winners = self._winners(pool, features, scores, columns, counts, past, active)
+        winners.propensities = drawn
         items = assemble(winners, self._catalogue)
         self.on_stage("assemble")
         return items
@@ -360,6 +369,33 @@ class Recommender:
             popularity=self._popular.strength_of(rows),
             shown_counts=counts_of(rows, past.shown, past.shown_counts),
         )
+
+    def _draw(
+        self,
+        batch: Sequence[SlateRequest],
+        pool: Pool,
+        past: Past,
+        columns: npt.NDArray[np.int64],
+        counts: npt.NDArray[np.int64],
+    ) -> F32 | None:
+        """Replace, in place, the columns [B, K] of randomised users by drawn ones, as many as they have.
+
+        Returns the propensities [B, K], NaN where nothing was drawn, or None where nobody is randomised. What the
+        user's past rules out comes last, and only where the request itself named it.
+        """
+        randomised = [(b, request.draw_seed) for b, request in enumerate(batch) if request.draw_seed is not None]
+        if not randomised:
+            return None
+        propensities = np.full(columns.shape, np.nan, np.float32)
+        item_id = self._catalogue.index.item_id
+        for b, seed in randomised:
+            valid = pool.rows[b] >= 0
+            unwanted = is_in(pool.rows[b : b + 1], past.unwanted[b : b + 1])[0]
+            hashes = np.array([hash64(item_id(row)) if row >= 0 else 0 for row in pool.rows[b].tolist()], np.uint64)
+            chosen, chances = draw(seed, hashes, valid & ~unwanted, valid & unwanted, int(counts[b]))
+            columns[b, : len(chosen)] = chosen
+            propensities[b, : len(chosen)] = chances
+        return propensities
 
     def _winners(
         self,

@@ -19,6 +19,7 @@ from models.catalogue import Catalogue
 from models.counters import ItemCounters
 from models.errors import RecordError
 from models.events import Action, Impression, Recommendation, Request, Trigger
+from models.exploration import draw_seed, is_randomised
 from models.hashing import recommendation_id
 from models.recommender import Recommender, Slate, SlateRequest
 from models.user_events import surface_names
@@ -275,6 +276,10 @@ class Pipeline:
                     self._metrics.slates_degraded.labels("query-not-encoded").inc()
             else:
                 request = SlateRequest(event.user_id, places[row_key], event.surface, profile_vector=profile)
+            # By broker time: a slate that is made again draws the same.
+            if is_randomised(event.user_id, decoded.broker_ms, self._settings.exploration):
+                topic, offset = decoded.message.topic, decoded.offset
+                request.draw_seed = draw_seed(topic, decoded.partition, offset, event.user_id)
             requests.append(request)
         slates = self._recommend(values, requests, now_ms)
         for decoded, request, slate in zip(triggers, requests, slates, strict=True):
@@ -345,7 +350,7 @@ class Pipeline:
             trigger=Trigger(event.event_id, topic, decoded.partition, decoded.offset),
             model_version=self._model_version,
             space_id=self._space_name,
-            experiment=None,
+            experiment=slate.experiment,
             items=slate.items,
         )
         return SentSlate(decoded.partition, decoded.key, record, decoded.broker_ms, decoded.kind)
