@@ -177,7 +177,7 @@ class CtrScorer:
         without a term of position: the CTR is that of an average position of its window.
         """
         a, b = self.tensors["calibration"]
-        return np.clip(a * logits + b, -LONGEST_LOG_ODDS, LONGEST_LOG_ODDS).astype(np.float32)
+        return np.asarray(np.clip(a * logits + b, -LONGEST_LOG_ODDS, LONGEST_LOG_ODDS), np.float32)
 
     def _attention(self, scores: F32, kinds: npt.NDArray[np.uint8], known: Bools, age: F32) -> F32:
         """Return the weights of the recents, float32 [S, C, R]; their sum is 1 less the weight of "nothing"."""
