@@ -98,6 +98,8 @@ def settings_maker(folder: Path, default_bootstrap: Callable[[], str]) -> Settin
             "kafka": {"request_timeout_seconds": 10.0},
             "broker": {"folder": folder / "kafka"},
             "topics": {"prefix": name, "partitions": PARTITIONS},
+            # Who is randomised changes with the week: a test that wants it says so.
+            "exploration": {"randomised_share": 0.0},
             "worker": {
                 "group": f"{name}-group",
                 "data_folder": folder / "worker",
