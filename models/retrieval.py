@@ -251,6 +251,10 @@ class VectorIndex:
         hits = sum(len(np.intersect1d(t[t >= 0], f)) for t, f in zip(true_rows, found_rows, strict=True))
         return hits / max(1, int((true_rows >= 0).sum()))
 
+    def take_over(self) -> None:
+        """Take over a build that is done, if one is; search does the same."""
+        self._maintain()
+
     def settle(self) -> None:
         """Wait for a build under way and take it over: for start-up, tests and benchmarks."""
         while self._builder is not None:
@@ -339,10 +343,17 @@ def exact_search(queries: Floats, rows: Rows, vectors: Floats, k: int) -> tuple[
     return found, scores
 
 
-def _build(rows: Rows, vectors: Floats, config: RetrievalConfig, stop: threading.Event) -> _Snapshot | None:
+def lower_priority() -> None:
+    """Give way to other threads from now on: for a thread that builds, which must not stand before a slate.
+
+    On Linux, and only there, a thread has a priority of its own; the main thread's is never changed.
+    """
     if sys.platform == "linux" and threading.current_thread() is not threading.main_thread():
-        # On Linux, and only there, a thread has a priority of its own: a build must not stand before a slate.
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _BUILD_NICENESS)
+
+
+def _build(rows: Rows, vectors: Floats, config: RetrievalConfig, stop: threading.Event) -> _Snapshot | None:
+    lower_priority()
     faiss.omp_set_num_threads(config.threads)
     dim = vectors.shape[1]
     most = len(rows)

@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Executor
+from functools import partial
 from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
-from models.bootstrap import Space
-from models.catalogue import Catalogue
+from models.bootstrap import Halves, Hashes, Space
+from models.catalogue import Catalogue, SpaceVectors
 from models.errors import RecordError
 from models.events import ITEM_CODEC, Item
 from models.item_index import UNKNOWN
+from models.item_space import BaseEncodings, ItemSpace
 from models.retrieval import VectorIndex
 from streams import item_vectors
 from streams.mirror import Mirror, Record
@@ -35,71 +37,155 @@ Refused = list[tuple[Record, RecordError]]
 
 
 class CatalogueState:
-    """The two topics applied to catalogue and index: what the mirror does in the state thread.
+    """The two topics applied to catalogue, encodings and spaces: what the mirror does in the state thread.
 
-    Records of the two topics come in any order: an encoding may be there before its item.
+    Records of the two topics come in any order: an encoding may be there before its item. Base encodings are kept by
+    encoder; each space that a model serves or is scored in has its own vectors and index, and follows every record.
     """
 
     def __init__(self, catalogue: Catalogue, index: VectorIndex, space: Space) -> None:
+        """Begin with one space: that of the catalogue's vectors and of ``index``."""
         self.catalogue = catalogue
-        self.index = index
-        self.space = space
-        self._prefix = item_vectors.key_prefix(space.encoder_id)
-        self._base: npt.NDArray[np.float16] = np.zeros((1_024, space.base_dim), np.float16)
-        self._base_hash: npt.NDArray[np.uint64] = np.zeros(1_024, np.uint64)  # 0 = no encoding
+        self.encodings: dict[str, BaseEncodings] = {}
+        self.spaces: dict[str, ItemSpace] = {}
+        """By space id; those that are whole."""
+        self._building: list[ItemSpace] = []
         self._embeddings: dict[int, list[float]] = {}
-        self._indexed: npt.NDArray[np.bool_] = np.zeros(1_024, np.bool_)
+        encodings = self._encodings_of(space)
+        first = ItemSpace(space, encodings, catalogue, catalogue.space_vectors, index)
+        self.spaces[space.space_id] = first
+        self.space = space
+        self.index = index
 
     def apply_items(self, records: Sequence[Record], now_ms: int) -> Refused:
         """Apply records of ``items`` in order; returns those that are refused, which change nothing."""
         refused: Refused = []
         touched: dict[int, None] = {}
+        fresh: dict[int, None] = {}
         for record in records:
             try:
-                row = self._apply_item(record)
+                row = self._apply_item(record, fresh)
             except RecordError as error:
                 refused.append((record, error))
                 continue
             if row != UNKNOWN:
                 touched[row] = None
-        self._reindex(touched, now_ms)
+        rows = _rows(touched)
+        for space in self.spaces.values():
+            space.refresh(_rows(fresh), self._embeddings)
+            space.reindex(rows, now_ms)
+        for space in self._building:
+            space.changed.update(touched)
         return refused
 
     def apply_vectors(self, records: Sequence[Record], now_ms: int) -> Refused:
-        """Apply records of ``item-vectors`` in order; those of another encoder are passed over."""
+        """Apply records of ``item-vectors`` in order; those of encoders that no space is of are passed over."""
+        return self._apply_vectors(records, now_ms, self.encodings)
+
+    def apply_older_vectors(self, encoder_id: str, records: Sequence[Record], now_ms: int) -> Refused:
+        """Apply what the topic held of one encoder before it was added; rows that have been set since keep theirs."""
+        encodings = self.encodings.get(encoder_id)
+        return [] if encodings is None else self._apply_vectors(records, now_ms, {encoder_id: encodings}, older=True)
+
+    def sweep(self, now_ms: int) -> int:
+        """Take expired items out of every index and return their number. Slates leave them out without this."""
+        return sum(space.sweep(now_ms) for space in self.spaces.values())
+
+    def add_encoder(self, encoder_id: str, base_dim: int) -> bool:
+        """Keep the encodings of one more encoder; True where it is new: what the topic held before is to be read."""
+        if encoder_id in self.encodings:
+            return False
+        made = self.encodings[encoder_id] = BaseEncodings(encoder_id, base_dim)
+        made.seen = set()
+        return True
+
+    def end_backfill(self, encoder_id: str) -> None:
+        """Say that what the topic held before ``add_encoder`` was applied."""
+        if encoder_id in self.encodings:
+            self.encodings[encoder_id].seen = None
+
+    def bring(self, encoder_id: str, items: Hashes, content_hashes: Hashes, base: Halves, now_ms: int) -> None:
+        """Take encodings that a bundle brings: hashes uint64 [n], base encodings float16 [n, B]."""
+        encodings = self.encodings[encoder_id]
+        rows = self.catalogue.index.rows_by_hash(items.tolist(), len(items))
+        self._changed_in(encodings, dict.fromkeys(encodings.bring(rows, items, content_hashes, base)), now_ms)
+
+    def begin(self, space: Space, index: VectorIndex) -> tuple[ItemSpace, dict[int, list[float]]]:
+        """Return an empty space to be built aside, and a copy of the items' own embeddings to build it with."""
+        made = ItemSpace(space, self._encodings_of(space), self.catalogue, SpaceVectors(space.dim), index)
+        self._building.append(made)
+        return made, dict(self._embeddings)
+
+    def catch_up(self, space: ItemSpace, now_ms: int) -> bool:
+        """Bring a built space nearer to the present; once it is there, True: it follows every record from now on."""
+        if not space.catch_up(self._embeddings, now_ms, CHUNK_RECORDS):
+            return False
+        self._building.remove(space)
+        self.spaces[space.space.space_id] = space
+        return True
+
+    def forget(self, space: ItemSpace) -> None:
+        """Give up a space that is being built."""
+        if space in self._building:
+            self._building.remove(space)
+        space.index.close()
+
+    def keep_only(self, space_ids: Collection[str], encoder_ids: Collection[str]) -> list[str]:
+        """Free all spaces but these, and all encodings but of these encoders; return the ids of freed spaces."""
+        gone = [space_id for space_id in self.spaces if space_id not in space_ids]
+        for space_id in gone:
+            self.spaces.pop(space_id).index.close()
+        used = {*encoder_ids, *(space.space.encoder_id for space in [*self.spaces.values(), *self._building])}
+        for encoder_id in [encoder_id for encoder_id in self.encodings if encoder_id not in used]:
+            del self.encodings[encoder_id]
+        return gone
+
+    def without_encoding(self, encoder_id: str, now_ms: int) -> int:
+        """Return how many servable items with text have no encoding of their present text by this encoder."""
+        rows = self.catalogue.servable_rows(now_ms)
+        content = self.catalogue.content_hashes(rows)
+        encoded = self.encodings[encoder_id].take(rows)[1]
+        return int(((content != 0) & (content != encoded)).sum())
+
+    def _apply_vectors(
+        self, records: Sequence[Record], now_ms: int, known: Mapping[str, BaseEncodings], *, older: bool = False
+    ) -> Refused:
         refused: Refused = []
-        hashes: dict[int, int] = {}
+        touched: dict[str, dict[int, None]] = {}
         for record in records:
-            item_id = item_vectors.item_id_of(record.key, self._prefix)
-            if item_id is None:
+            encoder_id = item_vectors.encoder_id_of(record.key)
+            encodings = None if encoder_id is None else known.get(encoder_id)
+            if encoder_id is None or encodings is None:
                 continue
             try:
-                encoding = None if record.value is None else item_vectors.decode(record.value, self.space.base_dim)
+                encoding = None if record.value is None else item_vectors.decode(record.value, encodings.dim)
             except RecordError as error:
                 refused.append((record, error))
                 continue
+            item_id = item_vectors.item_id_of(record.key, item_vectors.key_prefix(encoder_id))
+            assert item_id is not None, "the key begins with the encoder's id"
             row = self.catalogue.index.add(item_id)
-            self._grow(row)
-            self._base[row] = 0 if encoding is None else encoding.vector
-            self._base_hash[row] = hashes[row] = 0 if encoding is None else encoding.content_hash
-        self._set_vectors(hashes)
-        self._reindex(hashes, now_ms)
+            if older and encodings.seen is not None and row in encodings.seen:
+                continue
+            content_hash = 0 if encoding is None else encoding.content_hash
+            encodings.set(row, None if encoding is None else encoding.vector, content_hash, older=older)
+            touched.setdefault(encoder_id, {})[row] = None
+        for encoder_id, rows in touched.items():
+            self._changed_in(known[encoder_id], rows, now_ms)
         return refused
 
-    def sweep(self, now_ms: int) -> int:
-        """Take expired items out of the index and return their number. Slates leave them out without this."""
-        n = min(len(self._indexed), self.catalogue.capacity)
-        expired = np.flatnonzero(self._indexed[:n] & (self.catalogue.expires_at_ms[:n] <= now_ms)).astype(np.int32)
-        if len(expired):
-            self._indexed[expired] = False
-            self.index.remove(expired)
-        return len(expired)
+    def _changed_in(self, encodings: BaseEncodings, touched: dict[int, None], now_ms: int) -> None:
+        rows = _rows(touched)
+        for space in self.spaces.values():
+            if space.encodings is encodings:
+                space.refresh(rows, self._embeddings)
+                space.reindex(rows, now_ms)
+        for space in self._building:
+            if space.encodings is encodings:
+                space.changed.update(touched)
 
-    def base_encodings(self, rows: Rows) -> tuple[npt.NDArray[np.float16], npt.NDArray[np.bool_]]:
-        """Return base encodings float16 [n, B] and whether each is there: what a swap of bundles projects anew."""
-        return self._base[rows], self._base_hash[rows] != 0
-
-    def _apply_item(self, record: Record) -> int:
+    def _apply_item(self, record: Record, fresh: dict[int, None]) -> int:
+        """Apply one record and return its row; into ``fresh`` where its vectors are to be made anew."""
         item_id = (record.key or b"").decode("utf-8", "replace")
         if record.value is None:
             row = self.catalogue.remove(item_id)
@@ -109,58 +195,29 @@ class CatalogueState:
         if item.item_id != item_id:
             raise RecordError("key-mismatch", f"the key is {item_id!r}, item_id is {item.item_id!r}")
         row = self.catalogue.upsert(item)
-        self._grow(row)
-        self._set_embedding(row, item)
+        welcomed = [encodings.welcome(row, item_id) for encodings in self.encodings.values()]
+        if self._set_embedding(row, item) or any(welcomed):
+            fresh[row] = None
         return row
 
-    def _set_embedding(self, row: int, item: Item) -> None:
-        before = self._embeddings.get(row)
-        if item.embedding == before:
-            return
+    def _set_embedding(self, row: int, item: Item) -> bool:
+        if item.embedding == self._embeddings.get(row):
+            return False
         if item.embedding is None:
             del self._embeddings[row]
         else:
             self._embeddings[row] = item.embedding
-        self._set_vector(row)
+        return True
 
-    def _set_vectors(self, hashes: dict[int, int]) -> None:
-        rows = np.fromiter(hashes, np.int64, len(hashes))
-        vectors = self.space.vectors(self._base[rows]) if len(rows) else ()
-        for row, vector in zip(hashes, vectors, strict=True):
-            if row in self._embeddings:
-                self._set_vector(row)
-            else:
-                self.catalogue.set_vector(row, vector, hashes[row])
+    def _encodings_of(self, space: Space) -> BaseEncodings:
+        known = self.encodings.get(space.encoder_id)
+        if known is None:
+            known = self.encodings[space.encoder_id] = BaseEncodings(space.encoder_id, space.base_dim)
+        return known
 
-    def _set_vector(self, row: int) -> None:
-        encoded = int(self._base_hash[row])
-        vector = self.space.item_vector(self._base[row] if encoded else None, self._embeddings.get(row))
-        self.catalogue.set_vector(row, np.zeros(self.space.dim, np.float32) if vector is None else vector, encoded)
 
-    def _reindex(self, rows: dict[int, None] | dict[int, int], now_ms: int) -> None:
-        touched = np.fromiter(rows, np.int32, len(rows))
-        if not len(touched):
-            return
-        catalogue = self.catalogue
-        self._grow(int(touched.max()))
-        findable = catalogue.servable(touched, now_ms) & catalogue.vectors_of(touched)[1]
-        there, gone = touched[findable], touched[~findable & self._indexed[touched]]
-        if len(gone):
-            self.index.remove(gone)
-            self._indexed[gone] = False
-        # A changed title with its old vector would be a change for nothing, but a rare one.
-        if len(there):
-            self.index.add(there, catalogue.vectors[there])
-            self._indexed[there] = True
-
-    def _grow(self, row: int) -> None:
-        size = len(self._base_hash)
-        if row < size:
-            return
-        extra = max(row + 1, 2 * size) - size
-        self._base = np.concatenate([self._base, np.zeros((extra, self.space.base_dim), np.float16)])
-        self._base_hash = np.concatenate([self._base_hash, np.zeros(extra, np.uint64)])
-        self._indexed = np.concatenate([self._indexed, np.zeros(extra, np.bool_)])
+def _rows(touched: Collection[int]) -> Rows:
+    return np.fromiter(touched, np.int32, len(touched))
 
 
 class CatalogueMirror:
@@ -180,6 +237,8 @@ class CatalogueMirror:
         self.state = CatalogueState(catalogue, index, space)
         self.items = Mirror(settings, names.items, self._on_items)
         self.vectors = Mirror(settings, names.item_vectors, self._on_vectors)
+        self._settings = settings
+        self._names = names
         self._executor = executor
         self._on_refused = on_refused
 
@@ -192,6 +251,34 @@ class CatalogueMirror:
         """Return when both topics were read up to those end offsets."""
         await self.items.caught_up.wait()
         await self.vectors.caught_up.wait()
+
+    async def add_encoder(self, encoder_id: str, base_dim: int) -> None:
+        """Keep the encodings of one more encoder, and return when what the topic already holds of it was read.
+
+        The mirror has passed those records by: they are read again, from the beginning, by a reader of their own.
+        Cancelled in the middle, a later call begins again.
+        """
+        loop = asyncio.get_running_loop()
+        state = self.state
+        is_new = await loop.run_in_executor(self._executor, state.add_encoder, encoder_id, base_dim)
+        if not is_new and state.encodings[encoder_id].seen is None:
+            return
+
+        async def older(records: Sequence[Record]) -> None:
+            await self._apply(partial(state.apply_older_vectors, encoder_id), records)
+
+        reader = Mirror(self._settings, self._names.item_vectors, older)
+        reading = asyncio.create_task(reader.run(), name="read-item-vectors-again")
+        caught_up = asyncio.create_task(reader.caught_up.wait())
+        try:
+            await asyncio.wait({reading, caught_up}, return_when=asyncio.FIRST_COMPLETED)
+            if reading.done():
+                reading.result()
+        finally:
+            for task in (reading, caught_up):
+                task.cancel()
+            await asyncio.gather(reading, caught_up, return_exceptions=True)
+        await loop.run_in_executor(self._executor, state.end_backfill, encoder_id)
 
     async def run(self) -> None:
         """Mirror until cancelled; an error of our own code is raised."""

@@ -51,6 +51,12 @@ def value(content_hash: int, vector: npt.NDArray[np.float32]) -> bytes:
     return _ENCODER.encode(_Value(content_hash, vector.astype("<f2").tobytes()))
 
 
+def encoder_id_of(record_key: bytes | None) -> str | None:
+    """Return the encoder id in a record's key, None where there is none."""
+    encoder_id, zero, _ = (record_key or b"").partition(b"\0")
+    return encoder_id.decode("utf-8", "replace") if zero else None
+
+
 def item_id_of(record_key: bytes | None, prefix: bytes) -> str | None:
     """Return the item id in a record's key, None where it is of another encoder or none of ours."""
     if record_key is None or not record_key.startswith(prefix):
