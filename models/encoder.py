@@ -192,7 +192,7 @@ class TextEncoder:
         encoded = np.zeros((len(texts), self.dim), np.float32)
         if not texts:
             return encoded
-        tokens = self._tokenizer(list(texts), truncation=True, max_length=self.config.max_tokens)["input_ids"]
+        tokens = self.tokenise(texts)
         order = sorted(range(len(texts)), key=lambda i: len(tokens[i]))
         with torch.inference_mode():
             for start in range(0, len(order), self.config.batch_texts):
@@ -208,26 +208,48 @@ class TextEncoder:
             self._cache.put(text, found)
         return found
 
-    def vocabulary(self) -> dict[str, int]:
-        """Return the tokenizer's tokens with their ids."""
-        return dict(self._tokenizer.get_vocab())
+    @property
+    def module(self) -> Any:
+        """Return the transformers model itself, for the trainer."""
+        return self._model
 
-    def _forward(self, tokens: list[list[int]]) -> Floats:
+    def tokenise(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the token ids of texts, special tokens included, at most ``max_tokens`` of each."""
+        ids: list[list[int]] = self._tokenizer(list(texts), truncation=True, max_length=self.config.max_tokens)[
+            "input_ids"
+        ]
+        return ids
+
+    def padded(self, tokens: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return token ids as one batch [n, longest] on the model's device, and which of them are text, bool."""
         import torch
 
         longest = max(map(len, tokens))
         pad = self._tokenizer.pad_token_id or 0
-        device = self._model.device
-        ids = torch.tensor([t + [pad] * (longest - len(t)) for t in tokens], device=device)
-        lengths = torch.tensor([len(t) for t in tokens], device=device)
-        mask = torch.arange(longest, device=device)[None, :] < lengths[:, None]
-        hidden = self._model(input_ids=ids, attention_mask=mask.long()).last_hidden_state.float()
+        ids = torch.tensor([[*t, *[pad] * (longest - len(t))] for t in tokens], device=self._model.device)
+        lengths = torch.tensor([len(t) for t in tokens], device=self._model.device)
+        return ids, torch.arange(longest, device=self._model.device)[None, :] < lengths[:, None]
+
+    def pool(self, hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Return the unit encodings [n, dim] of the last layer's output [n, longest, dim], float32."""
+        import torch
+
+        hidden = hidden.float()
         if self._pooling == "cls":
             pooled = hidden[:, 0]
         else:
             weights = mask[:, :, None].float()
             pooled = (hidden * weights).sum(1) / weights.sum(1)
-        unit = torch.nn.functional.normalize(pooled, dim=1).cpu().numpy()
+        return torch.nn.functional.normalize(pooled, dim=1)
+
+    def vocabulary(self) -> dict[str, int]:
+        """Return the tokenizer's tokens with their ids."""
+        return dict(self._tokenizer.get_vocab())
+
+    def _forward(self, tokens: list[list[int]]) -> Floats:
+        ids, mask = self.padded(tokens)
+        hidden = self._model(input_ids=ids, attention_mask=mask.long()).last_hidden_state
+        unit = self.pool(hidden, mask).cpu().numpy()
         if not np.isfinite(unit).all():
             raise EncoderError("the encoder gave values that are not finite: try encoder.precision = float32")
         return np.asarray(unit, np.float32)
