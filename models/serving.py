@@ -5,14 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
+import numpy as np
+import numpy.typing as npt
+
 from models.bootstrap import Floats, Space
 from models.catalogue import SpaceVectors
 from models.hashing import hash64
+from models.log_odds import hand_set_log_odds, learned_log_odds
 from models.retrieval import VectorIndex
 
 if TYPE_CHECKING:
     from models.ctr import CtrScorer
-    from models.features import FeatureConfig
+    from models.features import FeatureConfig, RawSlates
+    from models.ranking import RankingConfig
 
 BOOTSTRAP_VERSION: Final = "bootstrap-0"
 """Version 0: the encoder's fixed projection and the hand-set score."""
@@ -54,6 +59,22 @@ class ServingModel:
     def encoder_id(self) -> str:
         """Return the id of the encoder that the space is of."""
         return self.space.encoder_id
+
+    def log_odds(
+        self,
+        raw: RawSlates,
+        item_rows: npt.NDArray[np.int32],
+        recent_rows: npt.NDArray[np.int32],
+        ranking: RankingConfig,
+    ) -> Floats:
+        """Return what this version says of slates: calibrated log-odds at the reference position, float32 [S, C].
+
+        ``item_rows`` int32 [S, C], ``recent_rows`` int32 [S, R]: rows of the items of ``raw``, -1 for none. Without a
+        scorer, the hand-set score as log-odds. 0 where not valid.
+        """
+        if self.scorer is None or self.features is None:
+            return hand_set_log_odds(raw, ranking)
+        return learned_log_odds(self.scorer, self.features, self.vectors, raw, item_rows, recent_rows)
 
     def under(self, generation: int) -> ServingModel:
         """Return the same version under the generation of another pointer."""

@@ -1,0 +1,75 @@
+"""From raw state to log-odds: what a model version says of items, for slates, shadow scores and the gate alike.
+
+Axes: S slates, C items of a slate (padded), R recent items, as in models/features.py.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+from models.catalogue import SpaceVectors
+from models.counter_events import CLICKS, IMPRESSIONS
+from models.ctr import CtrScorer
+from models.features import FeatureConfig, RawSlates, encode
+from models.ranking import F32, I32, LONG_TERM, SHORT_TERM, RankingConfig, clip_ctr
+
+HALF_LIFE: Final = 1
+"""Half-life of the counters that the hand-set score reads: RecommenderConfig's own default."""
+
+
+def learned_log_odds(
+    scorer: CtrScorer,
+    features: FeatureConfig,
+    vectors: SpaceVectors,
+    raw: RawSlates,
+    item_rows: I32,
+    recent_rows: I32,
+) -> F32:
+    """Return the calibrated log-odds of a CTR model at the reference position, float32 [S, C]; 0 where not valid.
+
+    ``item_rows`` int32 [S, C] and ``recent_rows`` int32 [S, R]: rows of the items in ``vectors``, -1 for none.
+    """
+    items, _ = vectors.of(item_rows)
+    recents, known = vectors.of(recent_rows)
+    known &= raw.recent_codes != 0
+    logits = scorer.logits(encode(raw, features), items, recents, known, raw.recent_age_seconds, raw.recent_codes)
+    return np.where(raw.valid, scorer.log_odds(logits), np.float32(0)).astype(np.float32, copy=False)
+
+
+def hand_set_log_odds(raw: RawSlates, ranking: RankingConfig, priors: FeatureConfig | None = None) -> F32:
+    """Return the hand-set score of the bootstrap as log-odds, float32 [S, C]; 0 where not valid.
+
+    The order is that of models.ranking.score from the same raw state (popularity: the logarithm of decayed clicks
+    against the most clicked item of the slate). The level is that of the slate's mean smoothed CTR m:
+    log-odds = logit(m) + score − mean score. So its sigmoid is an estimate of a CTR, and a first candidate can be
+    compared with it in AUC and in log loss.
+    """
+    priors = priors or FeatureConfig()
+    clicks = np.expm1(raw.counters[:, :, HALF_LIFE, CLICKS].astype(np.float32))
+    shown = np.maximum(np.expm1(raw.counters[:, :, HALF_LIFE, IMPRESSIONS].astype(np.float32)), clicks)
+    strength, prior = np.float32(priors.prior_strength), np.float32(priors.prior_ctr[HALF_LIFE])
+    ctr = clip_ctr((clicks + strength * prior) / (shown + strength))
+    popularity = np.where(raw.valid, np.log1p(clicks), np.float32(0))
+    popularity = popularity / np.maximum(popularity.max(axis=1, keepdims=True, initial=0), np.float32(1e-9))
+    score: npt.NDArray[np.float32] = raw.sims.astype(np.float32) @ ranking.taste_weights()[[SHORT_TERM, LONG_TERM]]
+    score += np.float32(ranking.ctr_weight) * _logit(ctr)
+    score += np.float32(ranking.popularity_weight) * popularity
+    score -= np.float32(ranking.shown_penalty) * raw.shown_counts
+    score = np.where(raw.valid, np.nan_to_num(score, nan=0.0, posinf=1e4, neginf=-1e4), np.float32(0))
+    items = np.maximum(raw.valid.sum(axis=1, keepdims=True), 1).astype(np.float32)
+    level = np.asarray(np.where(raw.valid, ctr, 0).sum(axis=1, keepdims=True) / items, np.float32)
+    centred = score - score.sum(axis=1, keepdims=True) / items + _logit(clip_ctr(level))
+    return np.where(raw.valid, centred, np.float32(0)).astype(np.float32, copy=False)
+
+
+def probability(log_odds: F32) -> F32:
+    """Return the probability that log-odds stand for, their sigmoid, same shape."""
+    bounded = np.clip(log_odds, np.float32(-80), np.float32(80))
+    return np.asarray(1 / (1 + np.exp(-bounded)), np.float32)
+
+
+def _logit(p: F32) -> F32:
+    return np.asarray(np.log(p / (1 - p)), np.float32)
