@@ -224,6 +224,22 @@ class ItemCounters:
         safe = self._safe(rows)
         return self._values(safe, now_ms, 0, WIDTH).reshape(*safe.shape, HALF_LIVES, KINDS)
 
+    def read_at(self, rows: npt.NDArray[np.integer], times_ms: Int64) -> Float32:
+        """Return the decayed counts of rows [S, …] as ``read`` does, each slate at its own time int64 [S]."""
+        safe = self._safe(rows)
+        times_ms = times_ms.reshape(-1, *[1] * (safe.ndim - 1))
+        exponents = ((self._landmark.time_ms or 0) - times_ms[..., None]) / self._landmark.half_lives_ms
+        decay = np.repeat(np.exp2(np.clip(exponents, -1_000.0, 1_000.0)), KINDS, axis=-1)
+        sums = self._sums[safe]
+        out = np.empty(sums.shape, np.float32)
+        # What overflows lies far after its time and is put right below.
+        with np.errstate(over="ignore"):
+            np.multiply(sums, decay, out=out, casting="same_kind")
+        ahead = self._ref_ms[safe] > times_ms
+        if ahead.any():
+            out[ahead] = sums[ahead] / np.repeat(self._landmark.factors(self._ref_ms[safe[ahead]]), KINDS, axis=1)
+        return out.reshape(*safe.shape, HALF_LIVES, KINDS)
+
     def totals(self, rows: npt.NDArray[np.integer]) -> Float64:
         """Return the undecayed totals, float64 [..., 3]: impressions and clicks exact, weighted actions to 0.001."""
         totals = self._totals[self._safe(rows)].astype(np.float64)

@@ -1,0 +1,136 @@
+"""Live state to raw slates: the one reading of rows, counters and catalogue, for impressions and for requests.
+
+The worker calls it for what was shown (``streams.examples``), the recommender for what might be. Numbers are rounded
+here to the types in which a features record carries them, so that a model scores what it was trained on, to the bit.
+Axes as in models/features.py; T the two tastes of a user, short-term and long-term; D dimensions of the space.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from models.catalogue import NOT_GIVEN_MS, Catalogue, SpaceVectors
+from models.counters import ItemCounters
+from models.features import F32, RawSlates
+from models.ranking import I32, NO_ROW, Bools, RankingConfig, UserRows, scale_tastes
+
+Int64 = npt.NDArray[np.int64]
+UInt64 = npt.NDArray[np.uint64]
+
+
+class TimedReader(Protocol):
+    """What is read of user rows, each row at a time of its own; models.user_state.UserReader is one."""
+
+    def user_vectors(self, rows: UserRows, now_ms: Int64) -> tuple[F32, F32, Bools]:
+        """Return short-term and long-term vectors float32 [S, D] as of ``now_ms`` [S], and whether there is any."""
+
+    def shown(self, rows: UserRows) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.uint8], Int64]:
+        """Return short hashes of items shown lately [S, n] (0 = none), how often, and when last (ms)."""
+
+    def recent(self, rows: UserRows) -> tuple[UInt64, npt.NDArray[np.uint8], Int64]:
+        """Return hashes of recent items [S, R] (0 = none), action codes as models.user_row says, and times (ms)."""
+
+
+def raw_from_state(
+    rows: UserRows,
+    item_rows: I32,
+    time_ms: Int64,
+    catalogue: Catalogue,
+    counters: ItemCounters,
+    users: TimedReader,
+    ranking: RankingConfig,
+    *,
+    vectors: SpaceVectors | None = None,
+    valid: Bools | None = None,
+    items: UInt64 | None = None,
+) -> RawSlates:
+    """Return the raw state of slates: ``rows`` [S] of the users, ``item_rows`` int32 [S, C], ``time_ms`` int64 [S].
+
+    An item row of -1 is padding, unless ``valid`` bool [S, C] says that an item is there of which nothing is known.
+    ``vectors``: of the space that ``users`` reads in; default: those in use by the catalogue. ``items``: the hashes
+    [S, C], where a record is to be written; positions are for the caller to fill in.
+    """
+    slates, width = item_rows.shape
+    raw = RawSlates.empty(slates, width)
+    raw.valid = item_rows >= 0 if valid is None else valid
+    raw.time_ms = time_ms
+    if items is not None:
+        raw.items = items
+    if not slates:
+        return raw
+    for place, name in enumerate(("impressions", "clicks", "actions")):
+        raw.user_counts[:, place] = rows[name]
+    _fill_recent(raw, rows, users)
+    if not width:
+        return raw
+    raw.counters = np.log1p(counters.read_at(item_rows, time_ms)).astype(np.float16)
+    raw.age_seconds = _ages(item_rows, time_ms, catalogue)
+    _fill_shown(raw, rows, item_rows, catalogue, users)
+    raw.sims = sims_of(rows, item_rows, time_ms, vectors or catalogue.space_vectors, users, ranking)
+    return raw
+
+
+def sims_of(
+    rows: UserRows,
+    item_rows: I32,
+    time_ms: Int64,
+    vectors: SpaceVectors,
+    users: TimedReader,
+    ranking: RankingConfig,
+) -> npt.NDArray[np.float16]:
+    """Return products of item vectors with the two scaled tastes, float16 [S, C, 2], in the space of ``vectors``.
+
+    Zero where the item has no vector, or the user no taste. A second model of another space needs its own.
+    """
+    tastes_STD = own_tastes(rows, time_ms, users, ranking)
+    items_SCD, _ = vectors.of(item_rows)
+    sims = np.empty((*item_rows.shape, 2), np.float16)
+    for taste in range(2):
+        # Not one matrix product: its last bits depend on how many items stand beside an item.
+        sims[:, :, taste] = np.einsum("scd,sd->sc", items_SCD, np.ascontiguousarray(tastes_STD[:, taste]))
+    return sims
+
+
+def own_tastes(rows: UserRows, time_ms: Int64, users: TimedReader, ranking: RankingConfig) -> F32:
+    """Return each user's short-term and long-term taste at ``time_ms`` [S], float32 [S, T, D], as ranking scales them.
+
+    Zero where there is none, or too little evidence of it.
+    """
+    short, long, has = users.user_vectors(rows, time_ms)
+    tastes: F32 = np.stack([scale_tastes(short, ranking.full_norm), scale_tastes(long, ranking.full_norm)], axis=1)
+    norms = np.linalg.norm(tastes, axis=2)
+    usable = has[:, None] & np.isfinite(tastes).all(axis=2) & (norms >= ranking.least_evidence)
+    tastes[~usable] = 0.0
+    return tastes
+
+
+def _fill_recent(raw: RawSlates, rows: UserRows, users: TimedReader) -> None:
+    hashes, codes, times_ms = users.recent(rows)
+    held = hashes != 0
+    raw.recent_items = hashes
+    raw.recent_codes = np.where(held, codes, 0).astype(np.uint8)
+    ages_ms = np.maximum(raw.time_ms[:, None] - times_ms, 0)
+    raw.recent_age_seconds = np.where(held, ages_ms / 1000.0, 0.0).astype(np.float32)
+
+
+def _ages(item_rows: I32, time_ms: Int64, catalogue: Catalogue) -> F32:
+    inside = (item_rows >= 0) & (item_rows < catalogue.capacity)
+    published_ms = np.where(inside, catalogue.published_at_ms[np.where(inside, item_rows, 0)], NOT_GIVEN_MS)
+    ages = np.where(published_ms == NOT_GIVEN_MS, np.nan, (time_ms[:, None] - published_ms) / 1000.0)
+    return np.asarray(ages, np.float32)
+
+
+def _fill_shown(raw: RawSlates, rows: UserRows, item_rows: I32, catalogue: Catalogue, users: TimedReader) -> None:
+    hashes, counts, shown_ms = users.shown(rows)
+    shown = catalogue.index.rows_by_short_hash(hashes.ravel().tolist(), hashes.size).reshape(hashes.shape)
+    shown[shown < 0] = NO_ROW
+    ages = (np.maximum(raw.time_ms[:, None] - shown_ms, 0) / 1000.0).astype(np.float32)
+    for entry in range(hashes.shape[1]):
+        edge = slice(entry, entry + 1)
+        same = item_rows == shown[:, edge]
+        if same.any():
+            raw.shown_counts[same] = np.broadcast_to(counts[:, edge], same.shape)[same]
+            raw.shown_age_seconds[same] = np.broadcast_to(ages[:, edge], same.shape)[same]
