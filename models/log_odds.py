@@ -51,7 +51,7 @@ def hand_set_log_odds(raw: RawSlates, ranking: RankingConfig, priors: FeatureCon
     clicks = np.expm1(raw.counters[:, :, HALF_LIFE, CLICKS].astype(np.float32))
     shown = np.maximum(np.expm1(raw.counters[:, :, HALF_LIFE, IMPRESSIONS].astype(np.float32)), clicks)
     strength, prior = np.float32(priors.prior_strength), np.float32(priors.prior_ctr[HALF_LIFE])
-    ctr = clip_ctr((clicks + strength * prior) / (shown + strength))
+    ctr = clip_ctr(np.asarray((clicks + strength * prior) / (shown + strength), np.float32))
     popularity = np.where(raw.valid, np.log1p(clicks), np.float32(0))
     popularity = popularity / np.maximum(popularity.max(axis=1, keepdims=True, initial=0), np.float32(1e-9))
     score: npt.NDArray[np.float32] = raw.sims.astype(np.float32) @ ranking.taste_weights()[[SHORT_TERM, LONG_TERM]]
