@@ -21,6 +21,7 @@ from models.errors import SettingsError
 from models.events import ClockPolicy
 from models.exploration import ExplorationConfig
 from models.recommender import RecommenderConfig
+from models.registry import RegistryConfig
 from models.retrieval import RetrievalConfig
 from models.user_state import UserStateConfig
 from streams.parent import SUPERVISOR_VARIABLE
@@ -154,6 +155,15 @@ class WorkerSettings(_Section):
     )
 
 
+class ModelSettings(RegistryConfig):
+    """The registry of bundles, and how a worker follows the ``models`` topic."""
+
+    shadow: bool = Field(True, description="Score impressions with the candidate and the previous version too.")
+    status_interval_seconds: float = Field(
+        10.0, gt=0, le=600, description="How often a worker says on `model-status` what it serves, changes apart."
+    )
+
+
 class Settings(BaseSettings):
     """Everything that is in force, from the environment over the TOML file over the defaults."""
 
@@ -171,6 +181,7 @@ class Settings(BaseSettings):
     encoder: EncoderConfig = Field(default_factory=EncoderConfig)
     retrieval: RetrievalConfig = Field(default_factory=RetrievalConfig)
     recommender: RecommenderConfig = Field(default_factory=RecommenderConfig)
+    models: ModelSettings = Field(default_factory=ModelSettings)
     exploration: ExplorationConfig = Field(default_factory=ExplorationConfig)
 
     @classmethod

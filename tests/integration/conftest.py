@@ -110,6 +110,7 @@ def settings_maker(folder: Path, default_bootstrap: Callable[[], str]) -> Settin
                 "restart_backoff_seconds": 0.2,
                 "port": 0,
             },
+            "models": {"url": str(folder / "registry"), "cache_folder": folder / "bundles"},
         }
         for section, fields in sections.items():
             values[section] = {**values.get(section, {}), **fields}
