@@ -6,7 +6,7 @@ Axes as in models/ranking.py.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -24,11 +24,13 @@ from models.candidates import (
     popular_items,
     search_tastes,
 )
-from models.catalogue import Catalogue
+from models.catalogue import Catalogue, SpaceVectors
 from models.counters import ItemCounters
 from models.events import MAX_CANDIDATES, MAX_K, Filters, Reason, RecommendedItem, Request, epoch_ms
 from models.exploration import RANDOMISED, draw
 from models.hashing import hash64
+from models.live_features import raw_from_state
+from models.log_odds import probability
 from models.ranking import (
     F32,
     LONG_TERM,
@@ -53,9 +55,12 @@ from models.ranking import (
     similarity,
     top_k,
     unit,
+    wish_log_odds,
 )
 from models.reasons import Winners, assemble, nearest_liked
 from models.retrieval import VectorIndex
+from models.serving import ServingModel
+from models.serving import ServingModel
 from models.user_row import ACTION_MASK, NEGATIVE
 
 
@@ -181,12 +186,40 @@ class Recommender:
         self._catalogue = catalogue
         self._counters = counters
         self._vector_index = vector_index
+        self._model: ServingModel | None = None
         self._users = users if users is not None else user_state
         self.on_stage = on_stage or _no_stage
         self._popular = no_popular()
         self._refreshed_at_ms: int | None = None
         self.fallbacks_without_past = 0
         """Calls of ``fallback`` that could not even read what the users hid."""
+
+    def use(self, model: ServingModel) -> None:
+        """Serve with another model from the next call on: its vectors, its index, its scorer."""
+        self._catalogue.use(model.vectors)
+        self._vector_index = model.vector_index
+        if isinstance(self._users, user_state.UserReader):
+            self._users = replace(self._users, space_id=model.space_hash, carry=model.carry)
+
+    def use(self, model: ServingModel, users: UserReader | None = None) -> None:
+        """Make slates with ``model`` from the next call on: its index, its vectors, its score.
+
+        ``users``: a reader in the model's space; default: the one that is there.
+        """
+        if users is not None:
+            self._users = users
+        self._model = model
+
+    @property
+    def _index(self) -> VectorIndex:
+        return self._vector_index if self._model is None else self._model.vector_index
+
+    @property
+    def _vectors(self) -> SpaceVectors:
+        vectors = self._catalogue.space_vectors if self._model is None else self._model.vectors
+        # Those of a model follow the catalogue; its newest rows may still lie beyond them.
+        vectors.reserve(self._catalogue.capacity)
+        return vectors
 
     def refresh(self, now_ms: int) -> None:
         """Renew the list of popular items, at most once in ``refresh_seconds``; cheap when it is not due."""
@@ -280,20 +313,18 @@ class Recommender:
         if given:
             pool = self._given(batch, refuse)
         else:
-            found = search_tastes(self._vector_index, tastes, active, max(1, 3 * width // 4))
+            found = search_tastes(self._index, tastes, active, max(1, 3 * width // 4))
             pool = merge(found, active, self._popular.rows, width, refuse)
             self._complete(pool, ks, tastes, active, refuse, now_ms)
         self.on_stage("retrieve")
-        features = self._gather(pool, tastes, past, now_ms)
-        self.on_stage("gather")
-        scores = score(features, ranking)
+        scores, ctr = self._score(states, pool, tastes, past, now_ms)
         if given:
             scores -= is_in(pool.rows, past.unwanted) * UNWANTED_PENALTY
         columns, counts = top_k(scores, pool.rows, pool.valid, int(ks.max(initial=0)))
         counts = np.minimum(counts, ks)
         drawn = self._draw(batch, pool, past, columns, counts)
         self.on_stage("score")
-        winners = self._winners(pool, features, scores, columns, counts, past, active)
+        winners = self._winners(pool, ctr, scores, columns, counts, past, active)
         winners.propensities = drawn
         items = assemble(winners, self._catalogue)
         self.on_stage("assemble")
@@ -305,7 +336,7 @@ class Recommender:
         A query counts whenever there is one; a profile only where the user has no vector of their own.
         """
         short, long, has = self._users.user_vectors(states, now_ms)
-        tastes = np.zeros((len(batch), len(TASTES), self._catalogue.dim), np.float32)
+        tastes = np.zeros((len(batch), len(TASTES), self._vectors.dim), np.float32)
         tastes[:, SHORT_TERM] = scale_tastes(short, self.config.ranking.full_norm)
         tastes[:, LONG_TERM] = scale_tastes(long, self.config.ranking.full_norm)
         tastes[~has] = 0.0
@@ -344,7 +375,7 @@ class Recommender:
         weights = ranking.taste_weights()
         for b in starved.tolist():
             rows = servable[~refuse.one(servable, b)]
-            parts = self._catalogue.vectors[rows] @ (tastes[b] * weights[:, None]).T
+            parts = self._vectors.vectors[rows] @ (tastes[b] * weights[:, None]).T
             worth = parts.sum(axis=1) + ranking.popularity_weight * self._popular.strength_of(rows)
             best = np.lexsort((rows, -worth))[: pool.rows.shape[1]]
             rows, parts = rows[best], parts[best]
@@ -358,13 +389,36 @@ class Recommender:
                 kept.get(row, code) for row, code in zip(rows.tolist(), source.tolist(), strict=True)
             ]
 
+    def _score(self, states: UserRows, pool: Pool, tastes: F32, past: Past, now_ms: int) -> tuple[F32, F32]:
+        """Return the score of each candidate and its CTR, float32 [B, C]: by hand, or by the CTR model in use.
+
+        A model's score is its log-odds, with what it does not know (query and profile) added; its CTR is the sigmoid
+        of the log-odds alone.
+        """
+        ranking, model = self.config.ranking, self._model
+        if model is None or model.scorer is None:
+            features = self._gather(pool, tastes, past, now_ms)
+            self.on_stage("gather")
+            return score(features, ranking), features.ctr
+        times_ms = np.full(len(states), now_ms, np.int64)
+        raw = raw_from_state(
+            states, pool.rows, times_ms, self._catalogue, self._counters, self._users, ranking, vectors=model.vectors
+        )
+        recent = raw.recent_items
+        recent_rows = self._catalogue.index.rows_by_hash(recent.ravel().tolist(), recent.size).reshape(recent.shape)
+        self.on_stage("gather")
+        log_odds = model.log_odds(raw, pool.rows, recent_rows, ranking)
+        item_vectors = self._vectors.vectors[np.maximum(pool.rows, 0)]
+        scores = log_odds + wish_log_odds(item_vectors, tastes, ranking)
+        return np.nan_to_num(scores, nan=0.0, posinf=1e4, neginf=-1e4), clip_ctr(probability(log_odds))
+
     def _gather(self, pool: Pool, tastes: F32, past: Past, now_ms: int) -> Features:
         rows = np.maximum(pool.rows, 0)
         if not rows.size:
             nothing = np.zeros(rows.shape, np.float32)
             return Features(np.zeros((*rows.shape, len(TASTES)), np.float32), nothing, nothing, nothing)
         return Features(
-            similarity=similarity(self._catalogue.vectors[rows], tastes),
+            similarity=similarity(self._vectors.vectors[rows], tastes),
             ctr=clip_ctr(self._counters.smoothed_ctr(rows, now_ms, self.config.popularity_half_life_index)),
             popularity=self._popular.strength_of(rows),
             shown_counts=counts_of(rows, past.shown, past.shown_counts),
@@ -400,7 +454,7 @@ class Recommender:
     def _winners(
         self,
         pool: Pool,
-        features: Features,
+        ctr: F32,
         scores: F32,
         columns: npt.NDArray[np.int64],
         counts: npt.NDArray[np.int64],
@@ -408,8 +462,8 @@ class Recommender:
         active: Bools,
     ) -> Winners:
         rows = np.take_along_axis(pool.rows, columns, axis=1)
-        vectors, _ = self._catalogue.vectors_of(rows)
-        liked_vectors, known = self._catalogue.vectors_of(past.liked)
+        vectors, _ = self._vectors.of(rows)
+        liked_vectors, known = self._vectors.of(past.liked)
         near = nearest_liked(vectors, liked_vectors, known, self.config.reason_similarity)
         place = np.maximum(near, 0)
         return Winners(
@@ -417,7 +471,7 @@ class Recommender:
             counts=counts,
             sources=np.take_along_axis(pool.sources, columns, axis=1),
             scores=np.take_along_axis(scores, columns, axis=1),
-            ctr=np.take_along_axis(features.ctr, columns, axis=1),
+            ctr=np.take_along_axis(ctr, columns, axis=1),
             trending=self._popular.is_trending(rows),
             nearest=np.where(near >= 0, np.take_along_axis(past.liked, place, axis=1), -1).astype(np.int32),
             actions=np.take_along_axis(past.actions, place, axis=1),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -18,9 +18,6 @@ if TYPE_CHECKING:
     from models.ctr import CtrScorer
     from models.features import FeatureConfig, RawSlates
     from models.ranking import RankingConfig
-
-BOOTSTRAP_VERSION: Final = "bootstrap-0"
-"""Version 0: the encoder's fixed projection and the hand-set score."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -22,6 +22,7 @@ from models.events import Action, Impression, Recommendation, Request, Trigger
 from models.exploration import draw_seed, is_randomised
 from models.hashing import recommendation_id
 from models.recommender import Recommender, Slate, SlateRequest
+from models.serving import ServingModel
 from models.user_events import surface_names
 from models.user_row import decode_rows, encode_rows
 from models.user_state import Outcome, apply, user_event
@@ -81,6 +82,8 @@ class Prepared:
     suppressed: int = 0
     visibility_version: int = 0
     """The catalogue's when the slates were made."""
+    model_version: str = ""
+    """Of the model that made the slates, all of them."""
 
 
 RowReader = Callable[[int, bytes], bytes | None]
@@ -140,11 +143,27 @@ class Pipeline:
         self._model_version = model_version
         self._space_name = space_name
         default = settings.recommender.default_surface
+        self._carry: tuple[int, Vector] | None = None
+        self.live: ServingModel | None = None
+        """The model in use; None: the one that the arguments name, as it was made."""
+        self.shadows: list[ServingModel] = []
+        """Models that are scored on live examples beside the one in use."""
         self._stage_seconds = {"retrieve": 0.0, "rank": 0.0}
         self._stage_began = 0.0
         recommender.on_stage = self._on_stage
         # The first is that of events which name none.
         self._surfaces = surface_names(default, settings.recommender.surfaces, settings.user_state)
+
+    def use(self, live: ServingModel, shadows: Sequence[ServingModel]) -> None:
+        """Serve with ``live`` from the next batch on; between two batches, in the state thread."""
+        self._recommender.use(live)
+        self._space_id = live.space_hash
+        self._generation = live.generation
+        self._model_version = live.version
+        self._space_name = live.space_id
+        self._carry = live.carry
+        self.live = live
+        self.shadows = list(shadows)
 
     def prepare(
         self,
@@ -155,7 +174,7 @@ class Pipeline:
         now_ms: int,
     ) -> Prepared:
         """Process accepted events in order; nothing is changed but the counters, which have a guard of their own."""
-        prepared = Prepared()
+        prepared = Prepared(model_version=self._model_version)
         started = time.perf_counter()
         done: list[tuple[Decoded, Outcome]] = []
         self._update(list(accepted), read_row, prepared, done)
@@ -241,6 +260,7 @@ class Pipeline:
             space_id=self._space_id,
             generation=self._generation,
             surfaces=self._surfaces,
+            carry=self._carry,
         )
         return dict(zip(places, encode_rows(rows), strict=True)), outcomes
 
