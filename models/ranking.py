@@ -72,7 +72,24 @@ class RankingConfig(BaseModel):
         3, ge=1, le=255, description="Shown lately this often and not clicked: the item is left out of the slate."
     )
     shown_penalty: float = Field(
-        0.1, ge=0, le=100, description="Taken from the score for each time that the item was shown lately."
+        0.1,
+        ge=0,
+        le=100,
+        description="Taken from the hand-set score for each time that the item was shown lately; a CTR model has "
+        "learned its own.",
+    )
+    query_log_odds: float = Field(
+        8.0,
+        ge=0,
+        le=1_000,
+        description="With a CTR model: log-odds added for each unit of similarity to the query, which the model does "
+        "not know.",
+    )
+    profile_log_odds: float = Field(
+        4.0,
+        ge=0,
+        le=1_000,
+        description="With a CTR model: log-odds added for each unit of similarity to the profile text.",
     )
     clicked_window_seconds: float = Field(
         604_800.0,
@@ -90,8 +107,10 @@ class RankingConfig(BaseModel):
 class UserReader(Protocol):
     """What the recommender reads of user rows; the module models.user_state is one."""
 
-    def user_vectors(self, rows: UserRows, now_ms: int) -> tuple[F32, F32, Bools]:
-        """Return short-term and long-term vectors float32 [n, D] as of ``now_ms``, and whether there is any, [n]."""
+    def user_vectors(self, rows: UserRows, now_ms: int | npt.NDArray[np.int64]) -> tuple[F32, F32, Bools]:
+        """Return short-term and long-term vectors float32 [n, D] as of ``now_ms`` (one time, or one for each row), and
+        whether there is any, [n].
+        """
 
     def shown(self, rows: UserRows) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
         """Return short hashes of items shown lately [n, S] (0 = none), how often, and when last (ms)."""
@@ -211,6 +230,17 @@ def score(features: Features, config: RankingConfig) -> F32:
     total += np.float32(config.popularity_weight) * features.popularity
     total -= np.float32(config.shown_penalty) * features.shown_counts
     return np.nan_to_num(total, copy=False, nan=0.0, posinf=1e4, neginf=-1e4)
+
+
+def wish_log_odds(item_vectors: F32, tastes: F32, config: RankingConfig) -> F32:
+    """Return what query and profile add to a model's log-odds, float32 [B, C]; items [B, C, D], tastes [B, V, D]."""
+    wishes = tastes[:, PROFILE] * np.float32(config.profile_log_odds)
+    wishes += tastes[:, QUERY] * np.float32(config.query_log_odds)
+    added = np.zeros(item_vectors.shape[:2], np.float32)
+    some = np.flatnonzero(wishes.any(axis=1))
+    if len(some):
+        added[some] = np.matmul(item_vectors[some], wishes[some][:, :, None])[:, :, 0]
+    return added
 
 
 def clip_ctr(ctr: F32) -> F32:

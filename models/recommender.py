@@ -24,7 +24,7 @@ from models.candidates import (
     popular_items,
     search_tastes,
 )
-from models.catalogue import Catalogue, SpaceVectors
+from models.catalogue import Catalogue
 from models.counters import ItemCounters
 from models.events import MAX_CANDIDATES, MAX_K, Filters, Reason, RecommendedItem, Request, epoch_ms
 from models.exploration import RANDOMISED, draw
@@ -59,7 +59,6 @@ from models.ranking import (
 )
 from models.reasons import Winners, assemble, nearest_liked
 from models.retrieval import VectorIndex
-from models.serving import ServingModel
 from models.serving import ServingModel
 from models.user_row import ACTION_MASK, NEGATIVE
 
@@ -200,26 +199,7 @@ class Recommender:
         self._vector_index = model.vector_index
         if isinstance(self._users, user_state.UserReader):
             self._users = replace(self._users, space_id=model.space_hash, carry=model.carry)
-
-    def use(self, model: ServingModel, users: UserReader | None = None) -> None:
-        """Make slates with ``model`` from the next call on: its index, its vectors, its score.
-
-        ``users``: a reader in the model's space; default: the one that is there.
-        """
-        if users is not None:
-            self._users = users
         self._model = model
-
-    @property
-    def _index(self) -> VectorIndex:
-        return self._vector_index if self._model is None else self._model.vector_index
-
-    @property
-    def _vectors(self) -> SpaceVectors:
-        vectors = self._catalogue.space_vectors if self._model is None else self._model.vectors
-        # Those of a model follow the catalogue; its newest rows may still lie beyond them.
-        vectors.reserve(self._catalogue.capacity)
-        return vectors
 
     def refresh(self, now_ms: int) -> None:
         """Renew the list of popular items, at most once in ``refresh_seconds``; cheap when it is not due."""
@@ -313,7 +293,7 @@ class Recommender:
         if given:
             pool = self._given(batch, refuse)
         else:
-            found = search_tastes(self._index, tastes, active, max(1, 3 * width // 4))
+            found = search_tastes(self._vector_index, tastes, active, max(1, 3 * width // 4))
             pool = merge(found, active, self._popular.rows, width, refuse)
             self._complete(pool, ks, tastes, active, refuse, now_ms)
         self.on_stage("retrieve")
@@ -336,7 +316,7 @@ class Recommender:
         A query counts whenever there is one; a profile only where the user has no vector of their own.
         """
         short, long, has = self._users.user_vectors(states, now_ms)
-        tastes = np.zeros((len(batch), len(TASTES), self._vectors.dim), np.float32)
+        tastes = np.zeros((len(batch), len(TASTES), self._catalogue.dim), np.float32)
         tastes[:, SHORT_TERM] = scale_tastes(short, self.config.ranking.full_norm)
         tastes[:, LONG_TERM] = scale_tastes(long, self.config.ranking.full_norm)
         tastes[~has] = 0.0
@@ -375,7 +355,7 @@ class Recommender:
         weights = ranking.taste_weights()
         for b in starved.tolist():
             rows = servable[~refuse.one(servable, b)]
-            parts = self._vectors.vectors[rows] @ (tastes[b] * weights[:, None]).T
+            parts = self._catalogue.vectors[rows] @ (tastes[b] * weights[:, None]).T
             worth = parts.sum(axis=1) + ranking.popularity_weight * self._popular.strength_of(rows)
             best = np.lexsort((rows, -worth))[: pool.rows.shape[1]]
             rows, parts = rows[best], parts[best]
@@ -408,7 +388,7 @@ class Recommender:
         recent_rows = self._catalogue.index.rows_by_hash(recent.ravel().tolist(), recent.size).reshape(recent.shape)
         self.on_stage("gather")
         log_odds = model.log_odds(raw, pool.rows, recent_rows, ranking)
-        item_vectors = self._vectors.vectors[np.maximum(pool.rows, 0)]
+        item_vectors = self._catalogue.vectors[np.maximum(pool.rows, 0)]
         scores = log_odds + wish_log_odds(item_vectors, tastes, ranking)
         return np.nan_to_num(scores, nan=0.0, posinf=1e4, neginf=-1e4), clip_ctr(probability(log_odds))
 
@@ -418,7 +398,7 @@ class Recommender:
             nothing = np.zeros(rows.shape, np.float32)
             return Features(np.zeros((*rows.shape, len(TASTES)), np.float32), nothing, nothing, nothing)
         return Features(
-            similarity=similarity(self._vectors.vectors[rows], tastes),
+            similarity=similarity(self._catalogue.vectors[rows], tastes),
             ctr=clip_ctr(self._counters.smoothed_ctr(rows, now_ms, self.config.popularity_half_life_index)),
             popularity=self._popular.strength_of(rows),
             shown_counts=counts_of(rows, past.shown, past.shown_counts),
@@ -462,8 +442,8 @@ class Recommender:
         active: Bools,
     ) -> Winners:
         rows = np.take_along_axis(pool.rows, columns, axis=1)
-        vectors, _ = self._vectors.of(rows)
-        liked_vectors, known = self._vectors.of(past.liked)
+        vectors, _ = self._catalogue.vectors_of(rows)
+        liked_vectors, known = self._catalogue.vectors_of(past.liked)
         near = nearest_liked(vectors, liked_vectors, known, self.config.reason_similarity)
         place = np.maximum(near, 0)
         return Winners(
