@@ -15,6 +15,7 @@ import numpy.typing as npt
 from models.catalogue import NOT_GIVEN_MS, Catalogue, SpaceVectors
 from models.counters import ItemCounters
 from models.features import F32, RawSlates
+from models.item_index import ItemIndex
 from models.ranking import I32, NO_ROW, Bools, RankingConfig, UserRows, scale_tastes
 
 Int64 = npt.NDArray[np.int64]
@@ -32,6 +33,27 @@ class TimedReader(Protocol):
 
     def recent(self, rows: UserRows) -> tuple[UInt64, npt.NDArray[np.uint8], Int64]:
         """Return hashes of recent items [S, R] (0 = none), action codes as models.user_row says, and times (ms)."""
+
+
+class IndexedVectors:
+    """The vectors of one space, found by hash: what rows are read with in a space that the catalogue does not use."""
+
+    def __init__(self, index: ItemIndex, vectors: SpaceVectors) -> None:
+        self._index = index
+        self._vectors = vectors
+
+    @property
+    def dim(self) -> int:
+        """Return D."""
+        return self._vectors.dim
+
+    def by_hash(self, hashes: UInt64) -> tuple[F32, Bools]:
+        """Return the vectors of 64-bit item hashes [n]: float32 [n, D] and whether each is known, bool [n]."""
+        return self._vectors.of(self._index.rows_by_hash(hashes.tolist(), len(hashes)))
+
+    def by_short_hash(self, hashes: npt.NDArray[np.uint32]) -> tuple[F32, Bools]:
+        """Return the vectors of 32-bit item hashes [n], as ``by_hash``; an ambiguous one is unknown."""
+        return self._vectors.of(self._index.rows_by_short_hash(hashes.tolist(), len(hashes)))
 
 
 def raw_from_state(

@@ -91,8 +91,21 @@ class Metrics:
         )
         self.rebalances = Counter("millstream_rebalances", "Group generations joined.", registry=registry)
         self.ready = Gauge("millstream_ready", "1 when events are being processed.", registry=registry)
+        self._add_examples(registry)
         self._build = Info("millstream_build", "Version of the package and of the model served.", registry=registry)
         self._add_state(registry)
+
+    def _add_examples(self, registry: CollectorRegistry) -> None:
+        """Add what tells how the examples for the trainer are written."""
+        self.features = Counter("millstream_features", "Features records written.", registry=registry)
+        self.features_bytes = Counter(
+            "millstream_features_bytes", "Bytes of features records written.", registry=registry
+        )
+        self.features_lagged = Counter(
+            "millstream_features_lagged",
+            "Features records marked as processed too late to be trained on.",
+            registry=registry,
+        )
 
     def _add_state(self, registry: CollectorRegistry) -> None:
         """Add what tells how state stands: offsets, rows, mirrors, index, counters."""

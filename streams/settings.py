@@ -110,6 +110,21 @@ class EventSettings(_Section):
     )
 
 
+class ExamplesSettings(_Section):
+    """What is written of each impression for the trainer."""
+
+    enabled: bool = Field(True, description="Write a record to the topic features for each impression.")
+    max_lag_seconds: float = Field(
+        60.0,
+        gt=0,
+        description="An impression processed later than this after it was written is marked and left out of training: "
+        "its counters have seen its future.",
+    )
+    with_scores: bool = Field(
+        True, description="Write what the live model and those in shadow say of each item: promotion needs it."
+    )
+
+
 class WorkerSettings(_Section):
     """The Faust worker and its supervisor."""
 
@@ -175,6 +190,7 @@ class Settings(BaseSettings):
     broker: LocalBrokerSettings = Field(default_factory=LocalBrokerSettings)
     topics: TopicSettings = Field(default_factory=TopicSettings)
     events: EventSettings = Field(default_factory=EventSettings)
+    examples: ExamplesSettings = Field(default_factory=ExamplesSettings)
     worker: WorkerSettings = Field(default_factory=WorkerSettings)
     user_state: UserStateConfig = Field(default_factory=UserStateConfig)
     counters: CountersConfig = Field(default_factory=CountersConfig)

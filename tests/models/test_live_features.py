@@ -10,7 +10,7 @@ import pytest
 
 from models.features import FeatureConfig, RawSlates, encode
 from models.hashing import hash64
-from models.live_features import raw_from_state, sims_of
+from models.live_features import IndexedVectors, raw_from_state, sims_of
 from models.ranking import RankingConfig
 from models.user_state import UserReader, empty_rows
 from tests.models.recommender_world import DIM, NOW_MS, SPACE, World, unit_vector
@@ -81,15 +81,7 @@ def test_similarity_in_another_space_is_read_with_its_own_vectors() -> None:
     for row in (0, 1):
         other.set(row, unit_vector(1.0), 0)
 
-    class Source:
-        dim = DIM
-
-        def by_hash(self, hashes: npt.NDArray[Any]) -> Any:
-            return other.of(world.catalogue.index.rows_by_hash(hashes.tolist(), len(hashes)))
-
-        by_short_hash = by_hash
-
-    reader = UserReader(world.state, Source(), SPACE + 1)
+    reader = UserReader(world.state, IndexedVectors(world.catalogue.index, other), SPACE + 1)
     rows = np.array([[0, 1]], np.int32)
     sims = sims_of(world.rows, rows, np.array([NOW_MS]), other, reader, RANKING)
     assert (sims[0, :, 0] > 0.99).all()

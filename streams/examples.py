@@ -1,0 +1,280 @@
+"""Features records: for every impression, what was known just before it, as raw state.
+
+Runs in the state thread, after the rows of a micro-batch and before its counts: an item's counters must not hold a
+click that is in the same batch. What fails here costs the record or its scores, never the event.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+import structlog
+
+from models.catalogue import Catalogue
+from models.counters import ItemCounters
+from models.events import ImpressedItem, Impression
+from models.examples import EXTERNAL, LAGGED, MODEL, RANDOMISED, REPLAYED, FeaturesRecord, encode
+from models.features import RawSlates
+from models.hashing import hash64, impression_id
+from models.live_features import IndexedVectors, raw_from_state, sims_of
+from models.serving import ServingModel
+from models.user_row import Rows, empty_rows
+from models.user_state import Outcome, UserReader
+from streams.decode import Decoded
+from streams.metrics import Metrics
+from streams.settings import Settings
+
+log = structlog.get_logger(__name__)
+
+CELLS: Final = 8_192
+"""Slates are padded to the longest of a group; a group has at most this many places."""
+
+
+@dataclass(slots=True)
+class Shown:
+    """Impressions of one micro-batch, each with its user's row before it and what it did there; side by side."""
+
+    events: list[Decoded] = field(default_factory=list)
+    outcomes: list[Outcome] = field(default_factory=list)
+    rows: list[Rows] = field(default_factory=list)
+    """Arrays of rows, which together are as many as the events."""
+
+    def add(
+        self, events: Sequence[Decoded], outcomes: npt.NDArray[np.int8], before: Rows, at: npt.NDArray[np.intp]
+    ) -> None:
+        """Add the impressions ``at`` of ``events``, as models.user_state.apply returns them."""
+        kept = np.array([Outcome(outcomes[i]) is not Outcome.DUPLICATE for i in at.tolist()], np.bool_)
+        self.events += [events[i] for i in at[kept].tolist()]
+        self.outcomes += [Outcome(outcomes[i]) for i in at[kept].tolist()]
+        self.rows.append(before[kept])
+
+    def all_rows(self) -> Rows:
+        """Return the rows of all events in one array."""
+        return np.concatenate(self.rows) if self.rows else empty_rows(0)
+
+
+@dataclass(frozen=True, slots=True)
+class SentFeatures:
+    """A features record to send."""
+
+    partition: int
+    key: bytes
+    value: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class _Slate:
+    """One impression with its items, each once."""
+
+    event: Decoded
+    impression: Impression
+    outcome: Outcome
+    items: list[ImpressedItem]
+    hashes: list[int]
+
+
+class FeaturesWriter:
+    """Makes the features records of a worker. All calls come from the state thread."""
+
+    def __init__(
+        self, settings: Settings, catalogue: Catalogue, counters: ItemCounters, metrics: Metrics, epoch: int
+    ) -> None:
+        self._settings = settings
+        self._catalogue = catalogue
+        self._counters = counters
+        self._metrics = metrics
+        self._epoch = epoch
+        self._models: list[tuple[ServingModel, UserReader]] = []
+
+    def use(self, live: ServingModel, shadows: Sequence[ServingModel] = ()) -> None:
+        """Have state read in the space of ``live`` from now on, and scores of it and the shadows written."""
+        models = {model.version: model for model in (live, *shadows)}
+        self._models = [(model, self._reader(model)) for model in models.values()]
+
+    def records(self, shown: Shown, now_ms: int) -> list[SentFeatures]:
+        """Return the records of impressions, in their order; one that our code fails on has none."""
+        if not shown.events or not self._models or not self._settings.examples.enabled:
+            return []
+        slates = [_slate(event, outcome) for event, outcome in zip(shown.events, shown.outcomes, strict=True)]
+        rows = shown.all_rows()
+        found: dict[int, SentFeatures] = {}
+        for group in _groups([len(slate.hashes) for slate in slates]):
+            self._group([slates[i] for i in group], rows[group], now_ms, group, found)
+        sent = [found[i] for i in sorted(found)]
+        self._metrics.features.inc(len(sent))
+        self._metrics.features_bytes.inc(sum(len(record.value) for record in sent))
+        return sent
+
+    def _group(
+        self, slates: list[_Slate], rows: Rows, now_ms: int, places: list[int], found: dict[int, SentFeatures]
+    ) -> None:
+        """Add the records of one group to ``found``; where our code fails, one at a time."""
+        try:
+            records = self._encoded(slates, rows, now_ms)
+        except Exception:
+            self._metrics.processing_errors.labels("features").inc()
+            if len(slates) > 1:
+                for i in range(len(slates)):
+                    self._group(slates[i : i + 1], rows[i : i + 1], now_ms, places[i : i + 1], found)
+                return
+            event = slates[0].event
+            log.exception("features_failed", partition=event.partition, offset=event.offset)
+            return
+        for place, slate, value in zip(places, slates, records, strict=True):
+            found[place] = SentFeatures(slate.event.partition, slate.event.key, value)
+
+    def _encoded(self, slates: list[_Slate], rows: Rows, now_ms: int) -> list[bytes]:
+        live, reader = self._models[0]
+        sizes = np.array([len(slate.hashes) for slate in slates])
+        valid = np.arange(sizes.max()) < sizes[:, None]
+        items = np.zeros(valid.shape, np.uint64)
+        items[valid] = [item for slate in slates for item in slate.hashes]
+        item_rows = np.full(valid.shape, -1, np.int32)
+        item_rows[valid] = self._catalogue.index.rows([item.item_id for slate in slates for item in slate.items])
+        times_ms = np.array([slate.event.time_ms for slate in slates], np.int64)
+        ranking = self._settings.recommender.ranking
+        raw = raw_from_state(
+            rows,
+            item_rows,
+            times_ms,
+            self._catalogue,
+            self._counters,
+            reader,
+            ranking,
+            vectors=live.vectors,
+            valid=valid,
+            items=items,
+        )
+        raw.positions[valid] = [item.position or 0 for slate in slates for item in slate.items]
+        scores = self._scores(raw, rows, item_rows)
+        limit_ms = self._settings.examples.max_lag_seconds * 1000
+        lagged = [now_ms - slate.event.broker_ms > limit_ms for slate in slates]
+        self._metrics.features_lagged.inc(sum(lagged))
+        held = (raw.recent_items != 0).sum(axis=1)
+        return [
+            encode(
+                self._record(
+                    slate,
+                    raw.take(slice(i, i + 1)),
+                    int(held[i]),
+                    [(version, values[i, : len(slate.hashes)].astype("<f4").tobytes()) for version, values in scores],
+                    now_ms,
+                    LAGGED if lagged[i] else 0,
+                )
+            )
+            for i, slate in enumerate(slates)
+        ]
+
+    def _record(
+        self,
+        slate: _Slate,
+        raw: RawSlates,
+        recents: int,
+        scores: list[tuple[str, bytes]],
+        now_ms: int,
+        flags: int,
+    ) -> FeaturesRecord:
+        event, impression, live = slate.event, slate.impression, self._models[0][0]
+        k = len(slate.hashes)
+        propensities = [item.propensity for item in slate.items]
+        given = any(p is not None for p in propensities)
+        impressions, clicks, actions = raw.user_counts[0].tolist()
+        return FeaturesRecord(
+            impression_id=impression_id(self._epoch, event.partition, event.offset),
+            user_id=impression.user_id,
+            partition=event.partition,
+            offset=event.offset,
+            time_ms=event.time_ms,
+            broker_ms=event.broker_ms,
+            processed_ms=now_ms,
+            flags=flags | (REPLAYED if slate.outcome is Outcome.REPLAYED else 0),
+            surface=impression.surface or self._settings.recommender.default_surface,
+            request_id=impression.request_id,
+            experiment=impression.experiment,
+            policy=policy_of(impression),
+            session_id=impression.session_id,
+            context=impression.context,
+            space_id=live.space_id,
+            items=raw.items[0, :k].astype("<u8").tobytes(),
+            positions=raw.positions[0, :k].astype("<u2").tobytes(),
+            propensities=np.array([np.nan if p is None else p for p in propensities], "<f4").tobytes()
+            if given
+            else b"",
+            counters=raw.counters[0, :k].astype("<f2").tobytes(),
+            age_seconds=raw.age_seconds[0, :k].astype("<f4").tobytes(),
+            sims=raw.sims[0, :k].astype("<f2").tobytes(),
+            shown_counts=raw.shown_counts[0, :k].tobytes(),
+            shown_age_seconds=raw.shown_age_seconds[0, :k].astype("<f4").tobytes(),
+            recent_items=raw.recent_items[0, :recents].astype("<u8").tobytes(),
+            recent_age_seconds=raw.recent_age_seconds[0, :recents].astype("<f4").tobytes(),
+            recent_codes=raw.recent_codes[0, :recents].tobytes(),
+            user_counts=(impressions, clicks, actions),
+            scores=scores,
+            model_version=live.version,
+        )
+
+    def _scores(
+        self, raw: RawSlates, rows: Rows, item_rows: npt.NDArray[np.int32]
+    ) -> list[tuple[str, npt.NDArray[np.float32]]]:
+        """Return the log-odds [S, C] of each model; one that fails has none."""
+        if not self._settings.examples.with_scores:
+            return []
+        ranking = self._settings.recommender.ranking
+        recent_rows: npt.NDArray[np.int32] = self._catalogue.index.rows_by_hash(
+            raw.recent_items.ravel().tolist(), raw.recent_items.size
+        ).reshape(raw.recent_items.shape)
+        live = self._models[0][0]
+        scores = []
+        for model, reader in self._models:
+            try:
+                own = raw
+                if model.space_id != live.space_id:
+                    sims = sims_of(rows, item_rows, raw.time_ms, model.vectors, reader, ranking)
+                    own = replace(raw, sims=sims)
+                log_odds = model.log_odds(own, item_rows, recent_rows, ranking)
+                if not np.isfinite(log_odds[raw.valid]).all():
+                    raise FloatingPointError(f"model {model.version} gave log-odds that are not finite")
+                scores.append((model.version, log_odds))
+            except Exception:
+                self._metrics.processing_errors.labels("shadow").inc()
+                log.exception("example_scores_failed", model=model.version, impressions=len(rows))
+        return scores
+
+    def _reader(self, model: ServingModel) -> UserReader:
+        source = IndexedVectors(self._catalogue.index, model.vectors)
+        return UserReader(self._settings.user_state, source, model.space_hash, model.carry)
+
+
+def policy_of(impression: Impression) -> str:
+    """Return who made the slate that was shown, as an example names it."""
+    if impression.experiment == RANDOMISED:
+        return RANDOMISED
+    if impression.request_id is None:
+        return EXTERNAL
+    return impression.experiment or MODEL
+
+
+def _slate(event: Decoded, outcome: Outcome) -> _Slate:
+    impression = event.event
+    if not isinstance(impression, Impression):
+        raise TypeError(f"a {event.kind} at {event.partition}:{event.offset} is no impression")
+    by_hash: dict[int, ImpressedItem] = {}
+    for item in impression.items:
+        by_hash.setdefault(hash64(item.item_id), item)
+    return _Slate(event, impression, outcome, list(by_hash.values()), list(by_hash))
+
+
+def _groups(sizes: Sequence[int]) -> Iterator[list[int]]:
+    """Cut slates of the given sizes into groups of like size, each of at most CELLS places when padded."""
+    group: list[int] = []
+    for place in sorted(range(len(sizes)), key=sizes.__getitem__):
+        if group and (len(group) + 1) * sizes[place] > CELLS:
+            yield group
+            group = []
+        group.append(place)
+    if group:
+        yield group
