@@ -1,10 +1,11 @@
-"""Slates per second of ``Recommender.recommend``, on one core, with the time of each stage.
+"""Slates per second of ``Recommender.recommend``, on one core, with the time of each stage: by hand, and with a model.
 
     python -m benchmarks.recommender [--items 50000] [--batch 64] [--batches 40] [--exact]
 
 Items lie in 400 clusters of a 64-dimensional space, as news of one topic do. Users have clicked ten items of one
 cluster and been shown 15; every other one clicked half of them days ago in another cluster, so that the short-term
-and the long-term vector ask for different things.
+and the long-term vector ask for different things. The CTR model has random weights: its scores mean nothing, its cost
+does.
 """
 
 from __future__ import annotations
@@ -19,12 +20,16 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 
+from models.bootstrap import Space
 from models.catalogue import Catalogue
 from models.counters import CountersConfig, ItemCounters, TouchBatch
+from models.ctr import CtrConfig, CtrScorer, tensor_shapes
 from models.events import Action, ImpressedItem, Impression, Item
+from models.features import COLUMNS, FeatureConfig
 from models.item_index import ItemIndex
 from models.recommender import Recommender, RecommenderConfig, SlateRequest
 from models.retrieval import RetrievalConfig, VectorIndex
+from models.serving import ServingModel
 from models.user_state import Rows, UserEvent, UserReader, UserStateConfig, apply, empty_rows, user_event
 
 DIM = 64
@@ -33,8 +38,8 @@ NOW_MS = 1_700_000_000_000
 CLICKS_A_USER = 10
 
 
-def build(items: int, users: int, exact: bool) -> tuple[Recommender, Rows]:
-    """Return a recommender over a catalogue of random clusters, with the rows of its users."""
+def build(items: int, users: int, exact: bool) -> tuple[Recommender, Rows, Catalogue, VectorIndex]:
+    """Return a recommender over a catalogue of random clusters, with the rows of its users, and what it reads."""
     random = np.random.default_rng(0)
     index = ItemIndex()
     catalogue = Catalogue(index, DIM)
@@ -69,7 +74,7 @@ def build(items: int, users: int, exact: bool) -> tuple[Recommender, Rows]:
     counters.add(0, batch)
     rows, _ = apply(empty_rows(users), events, catalogue, state, epoch=1, space_id=1, generation=1)
     recommender = Recommender(RecommenderConfig(), catalogue, counters, vectors, users=UserReader(state, catalogue, 1))
-    return recommender, rows
+    return recommender, rows, catalogue, vectors
 
 
 def main() -> None:
@@ -81,12 +86,38 @@ def main() -> None:
     parser.add_argument("--exact", action="store_true", help="exact search in place of the graph")
     args = parser.parse_args()
     users = args.batch * 8
-    recommender, rows = build(args.items, users, args.exact)
+    recommender, rows, catalogue, vectors = build(args.items, users, args.exact)
 
     started = time.perf_counter()
     recommender.refresh(NOW_MS)
     print(f"refresh of the popular items: {(time.perf_counter() - started) * 1e3:.1f} ms")
 
+    print(f"{args.items} items, batches of {args.batch}, 20 of 200 candidates in a slate")
+    measure("score set by hand", recommender, rows, args.batch, args.batches)
+    recommender.use(model(catalogue, vectors))
+    measure("CTR model", recommender, rows, args.batch, args.batches)
+
+
+def model(catalogue: Catalogue, vectors: VectorIndex) -> ServingModel:
+    """Return a version with a CTR model of the default shape and random weights over the same items."""
+    config = CtrConfig(features=len(COLUMNS))
+    random = np.random.default_rng(1)
+    tensors = {name: 0.1 * random.standard_normal(shape) for name, shape in tensor_shapes(config).items()}
+    tensors["feature_std"] = np.ones(len(COLUMNS))
+    return ServingModel(
+        version="benchmark",
+        generation=1,
+        space=Space("benchmark", "none", np.eye(DIM, dtype=np.float32)),
+        scorer=CtrScorer(config, tensors),
+        features=FeatureConfig(),
+        vectors=catalogue.space_vectors,
+        vector_index=vectors,
+    )
+
+
+def measure(name: str, recommender: Recommender, rows: Rows, batch: int, batches: int) -> None:
+    """Print the figures of one way to score."""
+    users = len(rows)
     stages: defaultdict[str, list[float]] = defaultdict(list)
     last = 0.0
 
@@ -98,22 +129,22 @@ def main() -> None:
 
     recommender.on_stage = on_stage
     walls = []
-    for n in range(args.batches + 3):
-        requests = [SlateRequest(f"u{i}", i) for i in (np.arange(args.batch) + n * args.batch) % users]
+    for n in range(batches + 3):
+        requests = [SlateRequest(f"u{i}", i) for i in ((np.arange(batch) + n * batch) % users).tolist()]
         started = time.perf_counter()
         last = begun = time.process_time()
         slates = recommender.recommend(rows, requests, NOW_MS + n)
         stages["all"].append(time.process_time() - begun)
         walls.append(time.perf_counter() - started)
-    print(f"{args.items} items, batches of {args.batch}, {len(slates[0].items)} of 200 candidates in a slate")
+    print(f"\n{name}:")
     shown = [item for slate in slates for item in slate.items]
     print(f"sources: {Counter(i.source for i in shown)}, reasons: {Counter(i.reason.kind for i in shown)}")
     print("CPU time, which a busy machine stretches least:")
-    for name, seconds in stages.items():
-        print(f"  {name:<10} {np.median(seconds[3:]) * 1e3:7.2f} ms")
-    print(f"  {args.batch / float(np.median(stages['all'][3:])):.0f} slates/s and core")
+    for stage, seconds in stages.items():
+        print(f"  {stage:<10} {np.median(seconds[3:]) * 1e3:7.2f} ms")
+    print(f"  {batch / float(np.median(stages['all'][3:])):.0f} slates/s and core")
     wall = float(np.median(walls[3:]))
-    print(f"wall time: {wall * 1e3:.2f} ms, {args.batch / wall:.0f} slates/s")
+    print(f"wall time: {wall * 1e3:.2f} ms, {batch / wall:.0f} slates/s")
 
 
 if __name__ == "__main__":

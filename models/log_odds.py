@@ -13,6 +13,7 @@ import numpy.typing as npt
 from models.catalogue import SpaceVectors
 from models.counter_events import CLICKS, IMPRESSIONS
 from models.ctr import CtrScorer
+from models.errors import ModelError
 from models.features import FeatureConfig, RawSlates, encode
 from models.ranking import F32, I32, LONG_TERM, SHORT_TERM, RankingConfig, clip_ctr
 
@@ -30,13 +31,20 @@ def learned_log_odds(
 ) -> F32:
     """Return the calibrated log-odds of a CTR model at the reference position, float32 [S, C]; 0 where not valid.
 
-    ``item_rows`` int32 [S, C] and ``recent_rows`` int32 [S, R]: rows of the items in ``vectors``, -1 for none.
+    ``item_rows`` int32 [S, C] and ``recent_rows`` int32 [S, R]: rows of the items in ``vectors``, -1 for none. Raises
+    ModelError where a score is not finite.
     """
     items, _ = vectors.of(item_rows)
     recents, known = vectors.of(recent_rows)
     known &= raw.recent_codes != 0
     logits = scorer.logits(encode(raw, features), items, recents, known, raw.recent_age_seconds, raw.recent_codes)
-    return np.where(raw.valid, scorer.log_odds(logits), np.float32(0)).astype(np.float32, copy=False)
+    log_odds = np.where(raw.valid, scorer.log_odds(logits), np.float32(0)).astype(np.float32, copy=False)
+    if not np.isfinite(log_odds).all():
+        raise ModelError(
+            f"the CTR model gave {int((~np.isfinite(log_odds)).sum())} scores that are not finite: no slate was made "
+            "of them; roll back to the previous version"
+        )
+    return log_odds
 
 
 def hand_set_log_odds(raw: RawSlates, ranking: RankingConfig, priors: FeatureConfig | None = None) -> F32:

@@ -373,7 +373,7 @@ class Recommender:
         """Return the score of each candidate and its CTR, float32 [B, C]: by hand, or by the CTR model in use.
 
         A model's score is its log-odds, with what it does not know (query and profile) added; its CTR is the sigmoid
-        of the log-odds alone.
+        of the log-odds alone. Raises ModelError where one is not finite.
         """
         ranking, model = self.config.ranking, self._model
         if model is None or model.scorer is None:
@@ -390,7 +390,7 @@ class Recommender:
         log_odds = model.log_odds(raw, pool.rows, recent_rows, ranking)
         item_vectors = self._catalogue.vectors[np.maximum(pool.rows, 0)]
         scores = log_odds + wish_log_odds(item_vectors, tastes, ranking)
-        return np.nan_to_num(scores, nan=0.0, posinf=1e4, neginf=-1e4), clip_ctr(probability(log_odds))
+        return scores, clip_ctr(probability(log_odds))
 
     def _gather(self, pool: Pool, tastes: F32, past: Past, now_ms: int) -> Features:
         rows = np.maximum(pool.rows, 0)
