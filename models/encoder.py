@@ -10,6 +10,7 @@ import importlib.util
 import json
 from collections import OrderedDict
 from collections.abc import Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
@@ -207,6 +208,10 @@ class TextEncoder:
             found = self.encode([text])[0]
             self._cache.put(text, found)
         return found
+
+    def copy(self) -> TextEncoder:
+        """Return an encoder with weights of its own."""
+        return TextEncoder(deepcopy(self._model), self._tokenizer, self.encoder_id, self._pooling, self.config)
 
     @property
     def module(self) -> Any:
