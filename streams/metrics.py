@@ -65,7 +65,7 @@ class Metrics:
             buckets=STAGE_BUCKETS,
             registry=registry,
         )
-        for stage in ("decode", "update", "retrieve", "rank", "send"):
+        for stage in ("decode", "update", "features", "retrieve", "rank", "send"):
             self.stage.labels(stage)
         self.unknown_items = Counter(
             "millstream_unknown_items", "Actions on items that the catalogue does not know.", registry=registry

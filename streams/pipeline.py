@@ -24,9 +24,10 @@ from models.hashing import recommendation_id
 from models.recommender import Recommender, Slate, SlateRequest
 from models.serving import ServingModel
 from models.user_events import surface_names
-from models.user_row import decode_rows, encode_rows
+from models.user_row import Rows, decode_rows, encode_rows
 from models.user_state import Outcome, apply, user_event
 from streams.decode import Decoded, Message, decode
+from streams.examples import FeaturesWriter, SentFeatures, Shown
 from streams.item_stats import count
 from streams.metrics import Metrics
 from streams.settings import Settings
@@ -84,6 +85,9 @@ class Prepared:
     """The catalogue's when the slates were made."""
     model_version: str = ""
     """Of the model that made the slates, all of them."""
+    shown: Shown = field(default_factory=Shown)
+    """Impressions, with their rows before them."""
+    features: list[SentFeatures] = field(default_factory=list)
 
 
 RowReader = Callable[[int, bytes], bytes | None]
@@ -148,6 +152,7 @@ class Pipeline:
         """The model in use; None: the one that the arguments name, as it was made."""
         self.shadows: list[ServingModel] = []
         """Models that are scored on live examples beside the one in use."""
+        self._features = FeaturesWriter(settings, catalogue, counters, metrics, epoch)
         self._stage_seconds = {"retrieve": 0.0, "rank": 0.0}
         self._stage_began = 0.0
         recommender.on_stage = self._on_stage
@@ -164,6 +169,7 @@ class Pipeline:
         self._carry = live.carry
         self.live = live
         self.shadows = list(shadows)
+        self._features.use(live, shadows)
 
     def prepare(
         self,
@@ -178,9 +184,14 @@ class Pipeline:
         started = time.perf_counter()
         done: list[tuple[Decoded, Outcome]] = []
         self._update(list(accepted), read_row, prepared, done)
-        count(self._counters, accepted)
         updated = time.perf_counter()
-        self._metrics.stage.labels("update").observe(updated - started)
+        # Before the counts of this batch: an example must not know what came after its impression.
+        prepared.features = self._features.records(prepared.shown, now_ms)
+        if prepared.features:
+            self._metrics.stage.labels("features").observe(time.perf_counter() - updated)
+        counting = time.perf_counter()
+        count(self._counters, accepted)
+        self._metrics.stage.labels("update").observe(updated - started + time.perf_counter() - counting)
         self._slates(done, read_row, read_profile, texts, now_ms, prepared)
         return prepared
 
@@ -206,7 +217,7 @@ class Pipeline:
         if not span:
             return
         try:
-            rows, outcomes = self._new_rows(span, read_row, prepared.rows)
+            rows, outcomes, before, impressions = self._new_rows(span, read_row, prepared.rows)
         except Exception as error:
             if len(span) > 1:
                 middle = len(span) // 2
@@ -221,6 +232,7 @@ class Pipeline:
             )
             return
         prepared.rows.update(rows)
+        prepared.shown.add(span, outcomes, before, impressions)
         for decoded, outcome in zip(span, outcomes, strict=True):
             kind = Outcome(outcome)
             done.append((decoded, kind))
@@ -230,7 +242,8 @@ class Pipeline:
 
     def _new_rows(
         self, span: Sequence[Decoded], read_row: RowReader, overlay: Mapping[RowKey, bytes]
-    ) -> tuple[dict[RowKey, bytes], npt.NDArray[np.int8]]:
+    ) -> tuple[dict[RowKey, bytes], npt.NDArray[np.int8], Rows, npt.NDArray[np.intp]]:
+        """Return the rows after ``span``, what each event did, the rows before its impressions, and their places."""
         places: dict[RowKey, int] = {}
         values: list[bytes | None] = []
         events = []
@@ -251,7 +264,7 @@ class Pipeline:
                     self._surfaces,
                 )
             )
-        rows, outcomes = apply(
+        rows, outcomes, before, impressions = apply(
             decode_rows(values),
             events,
             self._catalogue,
@@ -261,8 +274,9 @@ class Pipeline:
             generation=self._generation,
             surfaces=self._surfaces,
             carry=self._carry,
+            keep_before=True,
         )
-        return dict(zip(places, encode_rows(rows), strict=True)), outcomes
+        return dict(zip(places, encode_rows(rows), strict=True)), outcomes, before, impressions
 
     def _slates(
         self,

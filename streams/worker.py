@@ -326,6 +326,8 @@ class Worker:
         for slate in prepared.slates:
             value = msgspec.json.encode(slate.record)
             outbox.add(self.names.recommendations, slate.partition, slate.key, value, JSON)
+        for example in prepared.features:
+            outbox.add(self.names.features, example.partition, example.key, example.value)
         for letter in prepared.refused:
             self._stage_letter(outbox, letter, now_ms)
         await self.write(outbox, generation)
