@@ -12,7 +12,6 @@ a generation and can be signed: with a public key a null value is refused, since
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterable, Mapping
 from hashlib import sha256
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Final, Literal, get_args
 
 import msgspec
 
+from models.atomic import replace_file
 from models.errors import BundleError, RegistryError
 from models.manifest import BOOTSTRAP_VERSION, check_version
 from models.signing import POINTER_CONTEXT, PrivateKey, PublicKey
@@ -122,17 +122,16 @@ class PointerGuard:
         self._name = name
         self._public_key = public_key
         self._seen: dict[str, _Seen] = {}
-        with contextlib.suppress(FileNotFoundError):
-            try:
-                self._seen = msgspec.json.decode(self._file.read_bytes(), type=dict[str, _Seen])
-            except (msgspec.DecodeError, OSError) as error:
-                if isinstance(error, FileNotFoundError):
-                    raise
-                raise BundleError(
-                    "guard-unreadable",
-                    f"{self._file} cannot be read: {error}; no pointer is taken without it. Delete it to start from "
-                    "the pointers that stand on the topic now",
-                ) from None
+        try:
+            self._seen = msgspec.json.decode(self._file.read_bytes(), type=dict[str, _Seen])
+        except FileNotFoundError:
+            return
+        except (msgspec.DecodeError, OSError) as error:
+            raise BundleError(
+                "guard-unreadable",
+                f"{self._file} cannot be read: {error}; no pointer is taken without it. Delete it to start from "
+                "the pointers that stand on the topic now",
+            ) from None
 
     def accept(self, record_key: bytes | None, value: bytes | None) -> Pointer | None:
         """Return the pointer of a record that may be followed; None for a record of another name.
@@ -177,14 +176,8 @@ class PointerGuard:
             self._keep({**self._seen, place: _Seen(pointer.generation, digest)})
 
     def _keep(self, seen: dict[str, _Seen]) -> None:
-        aside = self._file.with_name(f".{self._file.name}.{os.getpid()}")
         try:
-            self._file.parent.mkdir(parents=True, exist_ok=True)
-            with aside.open("wb") as out:
-                out.write(msgspec.json.encode(seen, order="sorted"))
-                out.flush()
-                os.fsync(out.fileno())
-            os.replace(aside, self._file)
+            replace_file(self._file, msgspec.json.encode(seen, order="sorted"))
         except OSError as error:
             raise RegistryError(
                 f"the generation cannot be kept in {self._file}: {error}; the pointer is not followed, "
