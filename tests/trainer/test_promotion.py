@@ -35,7 +35,7 @@ class Slice:
     users: I64
 
     def model(self, random: np.random.Generator, noise: float) -> F64:
-        """Return log-odds of a model with errors of its own beside the shared ones, alike for one user's impressions."""
+        """Return log-odds of a model with errors of its own beside the shared ones, in part alike for one user."""
         of_user = random.standard_normal((int(self.users.max()) + 1, ITEMS)) * noise * 0.6
         own = random.standard_normal(len(self.seen)) * noise * 0.8
         place = np.tile(np.arange(ITEMS), len(self.users))
@@ -196,7 +196,7 @@ def test_labels_that_cannot_be_learned_from_are_refused_with_a_reason(labels: li
 
 
 def test_a_positive_rate_out_of_its_history_is_refused() -> None:
-    with pytest.raises(TrainingError, match="0.5000 of the new labels are positive"):
+    with pytest.raises(TrainingError, match=r"0\.5000 of the new labels are positive"):
         check_labels([0, 1] * 100, [0.05, 0.06, 0.05], CONFIG)
 
 

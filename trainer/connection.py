@@ -1,0 +1,31 @@
+"""What the command line hands to the trainer: how Kafka is reached, and what the topics are called.
+
+The trainer never imports ``streams``; millstream.py makes this from the worker's settings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Topics:
+    """Full names of the topics that the trainer reads or writes."""
+
+    features: str
+    labels: str
+    items: str
+    events: str
+    models: str
+    model_status: str
+
+
+@dataclass(frozen=True, slots=True)
+class Connection:
+    """How to reach the cluster, and where what is."""
+
+    client_options: Mapping[str, Any]
+    """Options that every aiokafka client takes."""
+    topics: Topics
