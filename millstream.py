@@ -38,9 +38,11 @@ ConfigOption = Annotated[
 @app.command()
 def config(config: ConfigOption = None) -> None:
     """Print the settings in force, as TOML, secrets masked."""
-    from streams.settings import load, render_toml
+    from streams.settings import load, render_section, render_toml
+    from trainer import settings as trainer_settings
 
     typer.echo(render_toml(load(config)))
+    typer.echo(render_section(trainer_settings.SECTION, trainer_settings.load(config)))
 
 
 @app.command()
@@ -52,6 +54,27 @@ def worker(config: ConfigOption = None) -> None:
     from streams.supervisor import supervise
 
     raise typer.Exit(asyncio.run(supervise(load(config), config)))
+
+
+@app.command()
+def trainer(
+    once: Annotated[bool, typer.Option("--once", help="One round, then end; for a scheduler of your own.")] = False,
+    config: ConfigOption = None,
+) -> None:
+    """Learn from what users did with what they were shown, and decide which model version serves."""
+    from streams import kafka_clients, logs
+    from streams.settings import load
+    from streams.topics import TopicNames
+    from trainer import settings as trainer_settings
+    from trainer.connection import Connection, Topics
+    from trainer.loop import run
+
+    settings, own = load(config), trainer_settings.load(config)
+    logs.configure(own.log_level, own.log_format)
+    names = TopicNames.of(settings)
+    topics = Topics(names.features, names.labels, names.items, names.events, names.models, names.model_status)
+    connection = Connection(kafka_clients.client_options(settings), topics, settings.models.status_interval_seconds)
+    raise typer.Exit(run(own, settings.models, settings.encoder, connection, once=once, say=typer.echo))
 
 
 @app.command()

@@ -177,6 +177,16 @@ class ModelSettings(RegistryConfig):
     status_interval_seconds: float = Field(
         10.0, gt=0, le=600, description="How often a worker says on `model-status` what it serves, changes apart."
     )
+    encoding_wait_seconds: float = Field(
+        600.0,
+        ge=0,
+        description="How long a bundle with an encoder of its own waits for items that have no encoding of it yet.",
+    )
+    start_wait_seconds: float = Field(
+        30.0,
+        ge=0,
+        description="How long a start waits for a registry that is not reached; then the bootstrap serves meanwhile.",
+    )
 
 
 class Settings(BaseSettings):
@@ -255,6 +265,13 @@ def render_toml(settings: Settings) -> str:
     """Return the settings as a TOML file that `load` reads back, each with its description, secrets masked."""
     lines: list[str] = []
     _render(settings, "", lines)
+    return "\n".join(lines).strip() + "\n"
+
+
+def render_section(name: str, section: BaseModel) -> str:
+    """Return one more section of the file, of a program that is not this one, as `render_toml` returns ours."""
+    lines: list[str] = []
+    _render(section, name, lines)
     return "\n".join(lines).strip() + "\n"
 
 

@@ -29,3 +29,5 @@ class Connection:
     client_options: Mapping[str, Any]
     """Options that every aiokafka client takes."""
     topics: Topics
+    status_interval_seconds: float
+    """How often a worker says on ``model-status`` what it serves."""

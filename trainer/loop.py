@@ -106,7 +106,12 @@ def new_round(
         stopping=stop.is_set,
     )
     names = Names(
-        connection.topics.features, connection.topics.labels, models.cache_folder, models.trusted(), private_key
+        connection.topics.features,
+        connection.topics.labels,
+        models.cache_folder,
+        connection.status_interval_seconds,
+        models.trusted(),
+        private_key,
     )
     return Round(config, names, ports)
 

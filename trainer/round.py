@@ -134,6 +134,7 @@ class Names:
     features_topic: str
     labels_topic: str
     bundle_cache: Path
+    status_interval_seconds: float
     public_key: PublicKey | None = None
     private_key: PrivateKey | None = None
 
@@ -386,7 +387,7 @@ class Round:
         config, ports = self._config, self._ports
         deadline = ports.now_ms() + round(config.prepare_timeout_seconds * 1000)
         while True:
-            found = preparation(ports.board.statuses(), candidate, ports.now_ms(), config.status_interval_seconds)
+            found = preparation(ports.board.statuses(), candidate, ports.now_ms(), self._names.status_interval_seconds)
             ports.show("workers prepared", found.prepared, found.workers)
             if found.is_done or ports.now_ms() >= deadline:
                 break

@@ -62,9 +62,6 @@ class TrainerConfig(BaseSettings):
     prepare_timeout_seconds: float = Field(
         300.0, gt=0, description="How long a promotion waits for the live workers to have prepared the candidate."
     )
-    status_interval_seconds: float = Field(
-        10.0, gt=0, description="models.status_interval_seconds of the workers: silent for three of them is gone."
-    )
     seed: int = Field(0, ge=0, description="Of the gate's resampling and of drawn negatives.")
     tensorboard: bool = Field(True, description="Whether TensorBoard logs are written, below data_folder.")
     host: str = Field("127.0.0.1", description="Where /metrics listens.")
