@@ -1,4 +1,8 @@
-"""The worker's side of query and profile encoding: bounded in time, cached, never an error for a slate."""
+"""The worker's side of query and profile encoding: bounded in time, cached, never an error for a slate.
+
+What is cached are base encodings, by encoder: a swap of bundles with the same encoder projects them anew, and one with
+another encoder finds none of the old one's.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,7 @@ import asyncio
 import contextlib
 import itertools
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -30,6 +35,14 @@ MIN_CACHE_TEXTS: Final = 1_000
 Floats = npt.NDArray[np.float32]
 
 
+@dataclass(slots=True)
+class _Question:
+    encoder_id: str
+    base_dim: int
+    texts: list[str]
+    answered: asyncio.Future[None]
+
+
 class QueryEncoderClient:
     """Asks the encoder process for the vectors of texts, over one connection that is made again when it breaks.
 
@@ -42,33 +55,51 @@ class QueryEncoderClient:
         self._folder = folder
         self._space = space
         self._timeout_seconds = timeout_seconds
-        self._cache = VectorCache(max(cache_texts, MIN_CACHE_TEXTS))
+        self._cache_texts = max(cache_texts, MIN_CACHE_TEXTS)
+        self._cache = VectorCache(self._cache_texts)
         self._numbers = itertools.count()
-        self._waiting: dict[int, tuple[list[str], asyncio.Future[None]]] = {}
+        self._waiting: dict[int, _Question] = {}
         self._asked: dict[str, asyncio.Future[None]] = {}
+        """By the keys of the cache."""
         self._writer: asyncio.StreamWriter | None = None
         self._reading: asyncio.Task[None] | None = None
         self._retry_at = 0.0
         self._connecting = asyncio.Lock()
 
+    def use(self, space: Space) -> None:
+        """Answer in another space from the next call on, and ask its encoder."""
+        self._space = space
+
     async def vectors(self, texts: Sequence[str], timeout_seconds: float | None = None) -> list[Floats | None]:
         """Return the vector of each text in the space, float32 [D] unit norm, or None where it is not there in time.
 
-        Never raises for an encoder that is slow, absent or of another space.
+        Never raises for an encoder that is slow, absent or of another space. The space is the one that is in use when
+        the call returns.
         """
-        missing = list(dict.fromkeys(t for t in texts if t and self._cache.get(t) is None))
+        space = self._space
+        missing = list(dict.fromkeys(t for t in texts if t and self._cache.get(_key(space, t)) is None))
         if missing:
             limit = self._timeout_seconds if timeout_seconds is None else timeout_seconds
             try:
                 async with asyncio.timeout(limit):
-                    await self._ask([t for t in missing if t not in self._asked])
+                    await self._ask(space, [t for t in missing if _key(space, t) not in self._asked])
                     # A caller that gives up leaves the question open: its answer still fills the cache.
-                    for answered in {id(f): f for t in missing if (f := self._asked.get(t))}.values():
+                    asked = {id(f): f for t in missing if (f := self._asked.get(_key(space, t)))}
+                    for answered in asked.values():
                         await asyncio.shield(answered)
             except OSError as error:  # TimeoutError and ConnectionError are of this kind
                 self.timeouts += 1
                 log.debug("query_not_encoded", texts=len(missing), error=repr(error))
-        return [self._cache.get(t) if t else None for t in texts]
+        return self._projected(texts)
+
+    def _projected(self, texts: Sequence[str]) -> list[Floats | None]:
+        space = self._space
+        bases = [self._cache.get(_key(space, text)) if text else None for text in texts]
+        found = [base for base in bases if base is not None and len(base) == space.base_dim]
+        if not found:
+            return [None] * len(texts)
+        vectors = iter(space.vectors(np.stack(found)))
+        return [None if base is None or len(base) != space.base_dim else next(vectors).copy() for base in bases]
 
     async def close(self) -> None:
         """Close the connection; callers that wait get None."""
@@ -78,7 +109,7 @@ class QueryEncoderClient:
             with contextlib.suppress(asyncio.CancelledError):
                 await self._reading
 
-    async def _ask(self, texts: list[str]) -> None:
+    async def _ask(self, space: Space, texts: list[str]) -> None:
         if not texts:
             return
         writer = await self._connection()
@@ -87,11 +118,11 @@ class QueryEncoderClient:
                 raise ConnectionError(f"{MAX_WAITING} questions wait for the encoder already")
             number = next(self._numbers)
             answered = asyncio.get_running_loop().create_future()
-            self._waiting[number] = (part, answered)
-            self._asked.update(dict.fromkeys(part, answered))
+            self._waiting[number] = _Question(space.encoder_id, space.base_dim, part, answered)
+            self._asked.update(dict.fromkeys((_key(space, text) for text in part), answered))
             # The end of an immense text is cut off: an encoder reads no more than some hundred tokens.
             asked = [text[: query_protocol.MAX_TEXT_CHARACTERS] for text in part]
-            writer.write(query_protocol.pack(Ask(number, asked)))
+            writer.write(query_protocol.pack(Ask(number, asked, space.encoder_id)))
 
     async def _connection(self) -> asyncio.StreamWriter:
         async with self._connecting:
@@ -116,34 +147,37 @@ class QueryEncoderClient:
             self._drop()
 
     def _take(self, answer: Answer) -> None:
-        texts, done = self._waiting.pop(answer.number, ([], None))
-        if done is None:
+        question = self._waiting.pop(answer.number, None)
+        if question is None:
             return
-        self._forget(texts)
-        expected_bytes = 4 * len(texts) * self._space.base_dim
-        if answer.error or answer.encoder_id != self._space.encoder_id or len(answer.vectors) != expected_bytes:
+        keys = [f"{question.encoder_id}\0{text}" for text in question.texts]
+        for key in keys:
+            self._asked.pop(key, None)
+        expected_bytes = 4 * len(question.texts) * question.base_dim
+        if answer.error or answer.encoder_id != question.encoder_id or len(answer.vectors) != expected_bytes:
             log.warning("query_refused", error=answer.error or f"encoded by {answer.encoder_id}")
         else:
-            base = np.frombuffer(answer.vectors, "<f4").reshape(len(texts), self._space.base_dim)
-            for text, vector in zip(texts, self._space.vectors(base), strict=True):
-                self._cache.put(text, vector.copy())
-        if not done.done():
-            done.set_result(None)
+            bases = np.frombuffer(answer.vectors, "<f4").reshape(len(keys), question.base_dim)
+            for key, base in zip(keys, bases, strict=True):
+                self._cache.put(key, np.array(base, np.float32))
+        if not question.answered.done():
+            question.answered.set_result(None)
 
     def _drop(self) -> None:
         if self._writer is not None:
             self._writer.close()
             self._writer = None
-        for _, done in self._waiting.values():
+        for done in (question.answered for question in self._waiting.values()):
             if not done.done():
                 done.set_exception(ConnectionError("the encoder process closed the connection"))
                 done.exception()  # somebody may have given up waiting: it is not an error that nobody saw
         self._waiting.clear()
         self._asked.clear()
 
-    def _forget(self, texts: Sequence[str]) -> None:
-        for text in texts:
-            self._asked.pop(text, None)
+
+def _key(space: Space, text: str) -> str:
+    """Return the key of a text's base encoding in the cache."""
+    return f"{space.encoder_id}\0{text}"
 
 
 def _parts(texts: Sequence[str]) -> Iterator[list[str]]:

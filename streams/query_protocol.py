@@ -31,6 +31,8 @@ class Ask(msgspec.Struct):
     texts: Annotated[
         list[Annotated[str, msgspec.Meta(max_length=MAX_TEXT_CHARACTERS)]], msgspec.Meta(max_length=MAX_TEXTS)
     ]
+    encoder_id: str = ""
+    """The encoder that is asked; "": that of the settings."""
 
 
 class Answer(msgspec.Struct):
