@@ -8,7 +8,7 @@ closed early (their attribution window was cut short).
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -34,6 +34,15 @@ log = structlog.get_logger(__name__)
 
 F32 = npt.NDArray[np.float32]
 LEFT_OUT: Final = ("unlabelled", "lagged", "replayed", "early", "repeated", "unreadable", "above-limit")
+
+
+@dataclass(frozen=True, slots=True)
+class ItemFacts:
+    """What training knows of items, by hash64 of the item id."""
+
+    texts: Mapping[int, str]
+    embeddings: Mapping[int, Sequence[float]]
+    """Vectors that items bring themselves."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import shutil
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, Protocol
@@ -26,7 +26,7 @@ from models.pointer import Pointer, Pointers, plan_candidate, plan_promotion, pl
 from models.registry import Registry
 from models.signing import PrivateKey, PublicKey
 from trainer.announce import ANNOUNCER, WorkerStatus, preparation
-from trainer.dataset import F32, Examples, read_examples
+from trainer.dataset import F32, Examples, ItemFacts, read_examples
 from trainer.metrics import TrainerMetrics
 from trainer.progress import Show
 from trainer.promotion import (
@@ -57,8 +57,8 @@ class Source(Protocol):
     def read(self, since_ms: int) -> list[OffsetRange]:
         """Spool everything of this broker time and later; return the ranges."""
 
-    def texts(self) -> Mapping[int, str]:
-        """Return item texts by hash64 of the id."""
+    def items(self) -> ItemFacts:
+        """Return what is known of the items."""
 
     def labels_end(self) -> int:
         """Return the sum of the end offsets of ``labels``."""
@@ -103,11 +103,11 @@ class Learner(Protocol):
     """How is learned, and how a bundle scores."""
 
     def train(
-        self, identity: Identity, examples: Examples, texts: Mapping[int, str], parent: Bundle | None, show: Show
+        self, identity: Identity, examples: Examples, items: ItemFacts, parent: Bundle | None, show: Show
     ) -> Learned:
         """Learn from impressions in time order, starting from ``parent``, None meaning the bootstrap."""
 
-    def score(self, bundle: Bundle, records: Sequence[FeaturesRecord], texts: Mapping[int, str]) -> list[F32]:
+    def score(self, bundle: Bundle, records: Sequence[FeaturesRecord], items: ItemFacts) -> list[F32]:
         """Return calibrated log-odds for each record, float32 [K]."""
 
 
@@ -174,7 +174,7 @@ class Round:
         self._tidy(result)
         with metrics.step("read"):
             ranges = ports.source.read(ports.now_ms() - round(self._config.window_hours * HOUR_MS))
-            texts = ports.source.texts()
+            items = ports.source.items()
         with metrics.step("join"):
             examples = read_examples(
                 ports.spool,
@@ -189,11 +189,11 @@ class Round:
             self._look_back(examples, result)
         self._go_on()
         with metrics.step("judge"):
-            is_waiting = self._judge(examples, texts, result)
+            is_waiting = self._judge(examples, items, result)
         save_state(self._config.data_folder, self._state)
         self._go_on()
         if not is_waiting:
-            self._train(examples, ranges, texts, result)
+            self._train(examples, ranges, items, result)
         self._show_roles()
         ports.spool.delete_before(ports.now_ms() - round(self._config.spool_days * 24 * HOUR_MS))
         return result
@@ -271,7 +271,7 @@ class Round:
 
     # --- the candidate -------------------------------------------------------------------------------------------
 
-    def _judge(self, examples: Examples, texts: Mapping[int, str], result: RoundResult) -> bool:
+    def _judge(self, examples: Examples, items: ItemFacts, result: RoundResult) -> bool:
         """Judge the waiting candidate if its slice is large enough; return whether one still waits."""
         pointers = self._ports.board.pointers()
         pointer, live = pointers.roles.get("candidate"), pointers.version("live") or BOOTSTRAP_VERSION
@@ -292,7 +292,7 @@ class Round:
         if why is not None:
             result.add("waiting", f"candidate {candidate} waits: {why}")
             return True
-        decision = self._judged(found, bundle, live, pointers, texts)
+        decision = self._judged(found, bundle, live, pointers, items)
         self._state.judged_to_ms = found.newest_ms
         self._decide(decision, candidate, result)
         return False
@@ -314,16 +314,14 @@ class Round:
             return f"{shadows:,} impressions were scored in shadow, {gate.min_shadow_impressions:,} are needed"
         return None
 
-    def _judged(
-        self, found: Examples, bundle: Bundle, live: str, pointers: Pointers, texts: Mapping[int, str]
-    ) -> Decision:
+    def _judged(self, found: Examples, bundle: Bundle, live: str, pointers: Pointers, items: ItemFacts) -> Decision:
         gate, seed = self._config.gate, self._config.seed
         records = [e.features for e in found.impressions]
-        mine = self._ports.learner.score(bundle, records, texts)
+        mine = self._ports.learner.score(bundle, records, items)
         theirs = (
             logged_scores(found, BOOTSTRAP_VERSION)[1][0]
             if live == BOOTSTRAP_VERSION
-            else self._ports.learner.score(self._bundle(pointers.roles["live"]), records, texts)
+            else self._ports.learner.score(self._bundle(pointers.roles["live"]), records, items)
         )
         first, second = np.concatenate(mine), np.concatenate(theirs)
         labels, numbers, users = found.flat_labels(), found.impression_numbers(), found.users()
@@ -405,9 +403,7 @@ class Round:
 
     # --- training ------------------------------------------------------------------------------------------------
 
-    def _train(
-        self, examples: Examples, ranges: Sequence[OffsetRange], texts: Mapping[int, str], result: RoundResult
-    ) -> None:
+    def _train(self, examples: Examples, ranges: Sequence[OffsetRange], items: ItemFacts, result: RoundResult) -> None:
         config, ports = self._config, self._ports
         if len(examples) < config.min_impressions or examples.clicks < config.min_clicks:
             raise TrainingError(
@@ -427,7 +423,7 @@ class Round:
         now_ms = ports.now_ms()
         identity = Identity(ports.registry.name, new_version(now_ms), now_ms, examples.window(ranges))
         with ports.metrics.step("train"):
-            learned = ports.learner.train(identity, examples, texts, parent, ports.show)
+            learned = ports.learner.train(identity, examples, items, parent, ports.show)
         check_trained(learned.losses, learned.auc, learned.auc_before, config.gate)
         self._go_on()
         contents = learned.contents

@@ -6,7 +6,7 @@ Only transactions that were committed count (``read_committed``): a record of an
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from typing import Any, Final
 
@@ -20,6 +20,7 @@ from models.events import ITEM_CODEC
 from models.hashing import hash64
 from models.manifest import OffsetRange
 from trainer.connection import Connection
+from trainer.dataset import ItemFacts
 from trainer.progress import Show
 from trainer.spool import Spool, SpooledRecord
 
@@ -49,6 +50,7 @@ class WindowReader:
         self._show = show
         self._stopping = stopping
         self._texts: dict[int, str] = {}
+        self._embeddings: dict[int, list[float]] = {}
         self._items_at: dict[int, int] = {}
 
     def read(self, since_ms: int) -> list[OffsetRange]:
@@ -70,13 +72,13 @@ class WindowReader:
         """Return the sum of the end offsets of ``labels``: how much it grows is how much was labelled."""
         return self._runner.run(self._labels_end())
 
-    def texts(self) -> Mapping[int, str]:
-        """Return the text of each item by hash64 of its id, read on from where the last call ended.
+    def items(self) -> ItemFacts:
+        """Return texts and embeddings of the items, read on from where the last call ended.
 
-        An item that was removed keeps its text: impressions of the window may name it.
+        An item that was removed keeps them: impressions of the window may name it.
         """
         self._runner.run(self._read_items())
-        return self._texts
+        return ItemFacts(self._texts, self._embeddings)
 
     async def _read(self, topics: list[str], since_ms: int) -> list[OffsetRange]:
         ranges: list[OffsetRange] = []
@@ -163,11 +165,13 @@ class WindowReader:
             except RecordError:
                 refused += 1
                 continue
-            text = item_text(item)
+            at, text = hash64(item.item_id), item_text(item)
+            self._texts.pop(at, None)
+            self._embeddings.pop(at, None)
             if text:
-                self._texts[hash64(item.item_id)] = text
-            else:
-                self._texts.pop(hash64(item.item_id), None)
+                self._texts[at] = text
+            if item.embedding:
+                self._embeddings[at] = item.embedding
         return refused
 
 
