@@ -73,6 +73,10 @@ class ServingModel:
             return hand_set_log_odds(raw, ranking)
         return learned_log_odds(self.scorer, self.features, self.vectors, raw, item_rows, recent_rows)
 
+    def is_same_version(self, other: ServingModel) -> bool:
+        """Return whether ``other`` is this version, under whatever generation."""
+        return self.version == other.version and self.vectors is other.vectors and self.scorer is other.scorer
+
     def under(self, generation: int) -> ServingModel:
         """Return the same version under the generation of another pointer."""
         return self if generation == self.generation else replace(self, generation=generation)

@@ -118,7 +118,8 @@ class CatalogueState:
 
     def catch_up(self, space: ItemSpace, now_ms: int) -> bool:
         """Bring a built space nearer to the present; once it is there, True: it follows every record from now on."""
-        if not space.catch_up(self._embeddings, now_ms, CHUNK_RECORDS):
+        # Twice what the mirror applies at once: it converges while records keep coming.
+        if not space.catch_up(self._embeddings, now_ms, 2 * CHUNK_RECORDS):
             return False
         self._building.remove(space)
         self.spaces[space.space.space_id] = space
@@ -128,13 +129,13 @@ class CatalogueState:
         """Give up a space that is being built."""
         if space in self._building:
             self._building.remove(space)
-        space.index.close()
 
-    def keep_only(self, space_ids: Collection[str], encoder_ids: Collection[str]) -> list[str]:
-        """Free all spaces but these, and all encodings but of these encoders; return the ids of freed spaces."""
-        gone = [space_id for space_id in self.spaces if space_id not in space_ids]
-        for space_id in gone:
-            self.spaces.pop(space_id).index.close()
+    def keep_only(self, space_ids: Collection[str], encoder_ids: Collection[str]) -> list[ItemSpace]:
+        """Keep these spaces, and the encodings of their encoders and of ``encoder_ids``; return the spaces that went.
+
+        The caller closes their indexes: that may wait for a build.
+        """
+        gone = [self.spaces.pop(space_id) for space_id in list(self.spaces) if space_id not in space_ids]
         used = {*encoder_ids, *(space.space.encoder_id for space in [*self.spaces.values(), *self._building])}
         for encoder_id in [encoder_id for encoder_id in self.encodings if encoder_id not in used]:
             del self.encodings[encoder_id]

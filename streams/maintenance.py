@@ -243,6 +243,7 @@ class Maintenance:
             metrics.counter_refused.set(worker.item_stats.refused_records)
             metrics.index_items.set(len(worker.model.vector_index))
             metrics.catalogue_items.set(len(worker.catalogue))
+            worker.model_metrics.set_age(worker.model.live, time.time_ns() // 1_000_000)
             for mirror in worker.mirrors:
                 metrics.mirror_lag.labels(mirror.topic).set(mirror.lag)
                 metrics.mirror_staleness.labels(mirror.topic).set(mirror.staleness_seconds())

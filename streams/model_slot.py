@@ -1,7 +1,6 @@
-"""What one worker serves with: space, catalogue, index, and their version. Today the bootstrap bundle.
+"""What one worker serves with: the catalogue, and the models that have a role over it.
 
-A hot swap replaces the slot by one assignment between two batches; the bundle of the trainer comes with the
-learning loop.
+A hot swap is the assignment of ``live`` between two batches; ``streams.model_watch`` decides when.
 """
 
 from __future__ import annotations
@@ -15,14 +14,16 @@ from models.bootstrap import Space, find_space
 from models.catalogue import Catalogue
 from models.encoder import identify
 from models.errors import EncoderError
-from models.hashing import hash64
 from models.item_index import ItemIndex
+from models.manifest import BOOTSTRAP_VERSION
 from models.retrieval import VectorIndex
+from models.serving import ServingModel
 from streams.settings import Settings
+
+__all__ = ["BOOTSTRAP_VERSION", "ModelSlot"]
 
 log = structlog.get_logger(__name__)
 
-BOOTSTRAP_VERSION = "bootstrap-0"
 SPACE_WAIT_SECONDS = 600.0
 """Another encoder than the default one has its projection computed by the encoder process at its first start."""
 POLL_SECONDS = 0.5
@@ -30,24 +31,53 @@ POLL_SECONDS = 0.5
 
 @dataclass(slots=True)
 class ModelSlot:
-    """One version: its space, and the catalogue and index that lie in it."""
+    """The models of one worker by role, over one catalogue."""
 
-    version: str
-    generation: int
-    space: Space
     index: ItemIndex
     catalogue: Catalogue
-    vector_index: VectorIndex
+    bootstrap_space: Space
+    live: ServingModel
+    candidate: ServingModel | None = None
+    previous: ServingModel | None = None
+
+    @property
+    def version(self) -> str:
+        """Return the version that serves."""
+        return self.live.version
+
+    @property
+    def generation(self) -> int:
+        """Return the generation that rows are stamped with."""
+        return self.live.generation
+
+    @property
+    def space(self) -> Space:
+        """Return the space that is served in."""
+        return self.live.space
 
     @property
     def space_id(self) -> str:
-        """Return the id of the embedding space."""
-        return self.space.space_id
+        """Return the id of the space that is served in."""
+        return self.live.space_id
 
     @property
     def space_hash(self) -> int:
         """Return the form of ``space_id`` that user rows carry."""
-        return hash64(self.space.space_id)
+        return self.live.space_hash
+
+    @property
+    def vector_index(self) -> VectorIndex:
+        """Return the index that is searched."""
+        return self.live.vector_index
+
+    def by_role(self) -> dict[str, ServingModel]:
+        """Return the models that have a role."""
+        named = {"live": self.live, "candidate": self.candidate, "previous": self.previous}
+        return {role: model for role, model in named.items() if model is not None}
+
+    def shadows(self) -> list[ServingModel]:
+        """Return the models that are scored beside the live one: candidate and previous, each version once."""
+        return [m for m in (self.candidate, self.previous) if m is not None and m.version != self.live.version]
 
     @classmethod
     def bootstrap(cls, settings: Settings) -> ModelSlot:
@@ -69,11 +99,14 @@ class ModelSlot:
             time.sleep(POLL_SECONDS)
             space = find_space(encoder_id, folder)
         index = ItemIndex()
-        return cls(
+        catalogue = Catalogue(index, space.dim)
+        live = ServingModel(
             version=BOOTSTRAP_VERSION,
             generation=0,
             space=space,
-            index=index,
-            catalogue=Catalogue(index, space.dim),
+            scorer=None,
+            features=None,
+            vectors=catalogue.space_vectors,
             vector_index=VectorIndex(space.dim, settings.retrieval),
         )
+        return cls(index, catalogue, space, live)

@@ -95,6 +95,8 @@ class Ownership:
                     await asyncio.wait_for(mirror.caught_up.wait(), worker.settings.worker.mirror_timeout_seconds)
                 except TimeoutError:
                     log.warning("mirror_is_late", topic=mirror.topic, lag=mirror.lag)
+        # The newest live bundle, or the word that it is refused: before the first slate.
+        await worker.models.decided.wait()
 
     async def _count(self, partitions: set[int], generation: int) -> None:
         """Take over the counters of ``partitions``, several at once."""

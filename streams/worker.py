@@ -23,6 +23,7 @@ from models.counters import ItemCounters
 from models.errors import BrokerUnavailable, FencedError, MillstreamError, SettingsError
 from models.events import Impression
 from models.recommender import Recommender
+from models.serving import ServingModel
 from models.user_state import UserReader
 from streams import faust_patches
 from streams.app import build
@@ -38,7 +39,10 @@ from streams.logs import configure
 from streams.maintenance import Maintenance
 from streams.metrics import Metrics
 from streams.mirror import Mirror, Record
+from streams.model_metrics import ModelMetrics
 from streams.model_slot import ModelSlot
+from streams.model_status import StatusWriter
+from streams.model_watch import ModelWatch
 from streams.ownership import Ownership
 from streams.parent import die_with_parent, supervisor_pid
 from streams.pipeline import Pipeline, Prepared, Refused, TextVectors, decode_batch
@@ -90,6 +94,8 @@ class Worker:
         self.is_ready = False
         self.handed: dict[int, int] = {}
         """Per partition the offset after the newest event that was taken from Faust."""
+        self.batch_in_work = asyncio.Lock()
+        """Held from a batch's first step to its last: a model is changed between two of them."""
         self._ticked_at = time.monotonic()
         self._mirror_letters: list[tuple[Record, MillstreamError]] = []
         self._tasks: list[asyncio.Task[None]] = []
@@ -193,6 +199,11 @@ class Worker:
             self.state.executor,
             self._refuse_mirrored,
         )
+        self.model_metrics = ModelMetrics(self.metrics.registry)
+        self.models = ModelWatch(
+            settings, self.model, self.catalogue_mirror, self.state, self.model_metrics, self._switch_model
+        )
+        self.model_status = StatusWriter(settings, self.model, self.models, self.producer)
         self.users_mirror = Mirror(settings, self.names.users, self.profiles.apply)
         self.users_mirror.assign([])
         self.ownership = Ownership(self)
@@ -204,10 +215,13 @@ class Worker:
             self.catalogue_mirror.vectors,
             self.item_stats.mirror,
             self.users_mirror,
+            self.models.mirror,
         )
         self._spawn(self.catalogue_mirror.run(), "mirror catalogue")
         self._spawn(self.item_stats.mirror.run(), "mirror item-stats")
         self._spawn(self.users_mirror.run(all_partitions=False), "mirror users")
+        self._spawn(self.models.run(), "models")
+        self._spawn(self.model_status.run(), "model status")
         self._spawn(self.item_stats.run(), "item-stats")
         self._spawn(self._tick(), "tick")
         self._spawn(self.maintenance.watch_commits(), "commit watchdog")
@@ -255,7 +269,9 @@ class Worker:
         await self.item_stats.publish(everything=True)
         for task in self._tasks:
             task.cancel()
+        self.models.close()
         await self.app.stop()
+        await self.model_status.say_goodbye()
         await self.producer.stop()
         await self.admin.close()
         await self.encoder.close()
@@ -270,7 +286,8 @@ class Worker:
             async for events in faust_patches.batches(stream, self.settings.worker.batch_max_events, IDLE_SECONDS):
                 if events:
                     for part in self._parts(events):
-                        await self._process([event.message for event in part])
+                        async with self.batch_in_work:
+                            await self._process([event.message for event in part])
                         faust_patches.acknowledge(part)
                 await self.maintenance.between_batches()
                 if self.stopping.is_set():
@@ -282,6 +299,21 @@ class Worker:
             self.fail(error, "agent")
             # An agent that returns or raises would let Faust acknowledge or restart: wait for the end instead.
             await asyncio.Event().wait()
+
+    async def _switch_model(self, live: ServingModel, shadows: list[ServingModel]) -> None:
+        """Serve with another model from the next batch on; where that fails, with the one in use, and raise why."""
+        async with self.batch_in_work:
+            old, old_shadows = self.model.live, self.pipeline.shadows
+            try:
+                await self._use_model(live, shadows)
+            except Exception:
+                await self._use_model(old, old_shadows)
+                raise
+
+    async def _use_model(self, live: ServingModel, shadows: list[ServingModel]) -> None:
+        self.encoder.use(live.space)
+        await self.state.run(self.pipeline.use, live, shadows)
+        self.metrics.set_build(model_version=live.version, space_id=live.space_id)
 
     def _parts(self, events: Sequence[Any]) -> list[list[Any]]:
         """Split a batch so that each suspect of an earlier death is alone."""
