@@ -1,4 +1,4 @@
-"""One encoder, two queues: texts that somebody waits for go before the catalogue's."""
+"""One thread that encodes: texts that somebody waits for go before the catalogue's, the live model's before others'."""
 
 from __future__ import annotations
 
@@ -25,10 +25,12 @@ class _Job:
     texts: Sequence[str]
     done: asyncio.Future[Floats]
     urgent: bool
+    encode: Encode
+    rank: int
 
 
 class EncodeQueue:
-    """Runs ``encode`` in one thread. Urgent texts that wait together share a batch; a batch is never interrupted."""
+    """Runs encoders in one thread. Urgent texts that wait together share a batch; a batch is never interrupted."""
 
     def __init__(self, encode: Encode, batch_texts: int, on_batch: OnBatch | None = None) -> None:
         self._encode = encode
@@ -39,12 +41,14 @@ class EncodeQueue:
         self._wake = asyncio.Event()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="encode")
 
-    async def encode(self, texts: Sequence[str], *, urgent: bool) -> Floats:
+    async def encode(self, texts: Sequence[str], *, urgent: bool, using: Encode | None = None, rank: int = 0) -> Floats:
         """Return the encodings of ``texts``, float32 [n, B]. At most a batch of them, where they are not urgent.
 
+        ``using``: the encoder, default the queue's own. Of those that are not urgent the lowest ``rank`` goes first.
         Raises EncoderError as the encoder does.
         """
-        job = _Job(texts, asyncio.get_running_loop().create_future(), urgent)
+        future = asyncio.get_running_loop().create_future()
+        job = _Job(texts, future, urgent, using or self._encode, rank)
         (self._urgent if urgent else self._patient).append(job)
         self._wake.set()
         return await job.done
@@ -67,7 +71,7 @@ class EncodeQueue:
                 texts = [text for job in jobs for text in job.texts]
                 began = time.monotonic()
                 try:
-                    encoded = await loop.run_in_executor(self._thread, self._encode, texts)
+                    encoded = await loop.run_in_executor(self._thread, jobs[0].encode, texts)
                 except EncoderError as error:
                     for job in jobs:
                         if not job.done.done():
@@ -86,9 +90,20 @@ class EncodeQueue:
             self._thread.shutdown(wait=True, cancel_futures=True)
 
     def _next(self) -> list[_Job]:
+        """Return the jobs of the next batch: all of one encoder. Those that nobody waits for any more are dropped."""
+        self._urgent = deque(job for job in self._urgent if not job.done.done())
+        self._patient = deque(job for job in self._patient if not job.done.done())
         if not self._urgent:
-            return [self._patient.popleft()] if self._patient else []
+            if not self._patient:
+                return []
+            first = min(self._patient, key=lambda job: job.rank)
+            self._patient.remove(first)
+            return [first]
         jobs = [self._urgent.popleft()]
-        while self._urgent and sum(len(j.texts) for j in jobs) < self._batch_texts:
+        while (
+            self._urgent
+            and self._urgent[0].encode == jobs[0].encode
+            and sum(len(j.texts) for j in jobs) < self._batch_texts
+        ):
             jobs.append(self._urgent.popleft())
         return jobs

@@ -91,3 +91,45 @@ async def test_caller_that_gives_up_leaves_the_others_their_answers() -> None:
         recorder.go_on.set()
         assert (await patient).tolist() == [[2]]
         await first
+
+
+async def test_items_of_the_lowest_rank_go_first() -> None:
+    recorder = Recorder()
+    async with running(recorder, 4) as queue:
+        jobs = [asyncio.create_task(queue.encode(["item"], urgent=False))]
+        await asyncio.to_thread(recorder.started.wait, 10)
+        for text, rank in (("candidate", 1), ("previous", 2), ("live", 0), ("live too", 0)):
+            jobs.append(asyncio.create_task(queue.encode([text], urgent=False, rank=rank)))
+        await asyncio.sleep(0)
+        recorder.go_on.set()
+        await asyncio.gather(*jobs)
+    assert recorder.batches == [["item"], ["live"], ["live too"], ["candidate"], ["previous"]]
+
+
+async def test_texts_of_two_encoders_never_share_a_batch() -> None:
+    recorder, other = Recorder(), Recorder()
+    other.go_on.set()
+    async with running(recorder, 4) as queue:
+        jobs = [asyncio.create_task(queue.encode(["item"], urgent=False))]
+        await asyncio.to_thread(recorder.started.wait, 10)
+        for text, using in (("a", recorder), ("b", other), ("c", other), ("d", recorder)):
+            jobs.append(asyncio.create_task(queue.encode([text], urgent=True, using=using)))
+        await asyncio.sleep(0)
+        recorder.go_on.set()
+        await asyncio.gather(*jobs)
+    assert recorder.batches == [["item"], ["a"], ["d"]]
+    assert other.batches == [["b", "c"]]
+
+
+async def test_text_that_nobody_waits_for_any_more_is_not_encoded() -> None:
+    recorder = Recorder()
+    async with running(recorder, 4) as queue:
+        first = asyncio.create_task(queue.encode(["item"], urgent=False))
+        await asyncio.to_thread(recorder.started.wait, 10)
+        given_up = asyncio.create_task(queue.encode(["of a lane that ended"], urgent=False))
+        last = asyncio.create_task(queue.encode(["last"], urgent=False))
+        await asyncio.sleep(0)
+        given_up.cancel()
+        recorder.go_on.set()
+        await asyncio.gather(first, last)
+    assert recorder.batches == [["item"], ["last"]]
