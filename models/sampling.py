@@ -138,7 +138,8 @@ def _places(items: set[int], catalogue: UInt64) -> Places:
     at = np.searchsorted(catalogue, wanted)
     inside = at < len(catalogue)
     at, wanted = at[inside], wanted[inside]
-    return at[catalogue[at] == wanted]
+    found: Places = at[catalogue[at] == wanted]
+    return found
 
 
 def _example(action: LoneAction, user: _User, drawn: UInt64, rate: float) -> tuple[FeaturesRecord, LabelsRecord]:
