@@ -189,6 +189,7 @@ class Worker:
             model_version=self.model.version,
             space_name=self.model.space_id,
         )
+        self.pipeline.use(self.model.live, [])
         self.metrics.set_build(model_version=self.model.version, space_id=self.model.space_id)
         self.encoder = QueryEncoderClient(settings.worker.data_folder, self.model.space)
         self.catalogue_mirror = CatalogueMirror(
