@@ -96,7 +96,7 @@ class Decision:
 
     def record(self) -> dict[str, Any]:
         """Return the decision as plain data, figures rounded to what they mean."""
-        figures = {name: round(value, 6) for name, value in self.figures.items()}
+        figures = {name: round(float(value), 6) for name, value in self.figures.items()}
         return {"outcome": self.outcome, "reason": self.reason, "sentence": self.sentence, "figures": figures}
 
 
@@ -131,7 +131,7 @@ class Comparison:
             "log_loss_difference_low": self.log_loss.low,
             "log_loss_difference_high": self.log_loss.high,
         }
-        return {prefix + name: value for name, value in found.items() if np.isfinite(value)}
+        return {prefix + name: float(value) for name, value in found.items() if np.isfinite(value)}
 
 
 def compare(
