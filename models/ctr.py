@@ -26,6 +26,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from models.errors import ModelError
 
 F32 = npt.NDArray[np.float32]
+F64 = npt.NDArray[np.float64]
 Bools = npt.NDArray[np.bool_]
 
 KINDS: Final = 64
@@ -206,36 +207,41 @@ class CtrScorer:
         return np.divide(z, e, out=e)
 
 
-def fit_calibration(logits: npt.ArrayLike, labels: npt.ArrayLike, weights: npt.ArrayLike | None = None) -> F32:
+def fit_calibration(
+    logits: npt.ArrayLike,
+    labels: npt.ArrayLike,
+    weights: npt.ArrayLike | None = None,
+    offsets: npt.ArrayLike | None = None,
+) -> F32:
     """Return a and b of Platt scaling a·z + b, float32 [2], fitted to logits [n] and labels [n] between 0 and 1.
 
     Newton's method on the cross-entropy with Platt's smoothed targets (Platt 1999, section 2.2; Lin, Lin and Weng
     2007, algorithm 1). a stays above 0: calibration never turns the order around. (1, 0) where there are no
-    examples, a shift only where there is but one kind of label or the logits do not vary.
+    examples, a shift only where there is but one kind of label or the logits do not vary. ``offsets`` [n] are what the
+    sampling of negatives added to the log-odds; they are no part of what is calibrated.
     """
     z, y = np.asarray(logits, np.float64), np.asarray(labels, np.float64)
     w = np.ones_like(z) if weights is None else np.asarray(weights, np.float64)
+    o = np.zeros_like(z) if offsets is None else np.asarray(offsets, np.float64)
     if not z.size or w.sum() <= 0:
         return np.array([1.0, 0.0], np.float32)
     positive, negative = float((w * y).sum()), float((w * (1 - y)).sum())
     target = y * (positive + 1) / (positive + 2) + (1 - y) / (negative + 2)
     shift_only = min(positive, negative) < 1 or float(z.std()) < 1e-6
-    a, b = _newton(z, target, w, shift_only)
+    a, b = _newton(z, target, w, o, shift_only)
     if not shift_only and a <= 0.01:
-        a, b = _newton(z, target, w, True)
+        a, b = _newton(z, target, w, o, True)
     return np.array([a, b], np.float32)
 
 
-def _newton(
-    z: npt.NDArray[np.float64], target: npt.NDArray[np.float64], w: npt.NDArray[np.float64], shift_only: bool
-) -> tuple[float, float]:
+def _newton(z: F64, target: F64, w: F64, offsets: F64, shift_only: bool) -> tuple[float, float]:
     def cost(a: float, b: float) -> float:
-        f = a * z + b
+        f = a * z + b + offsets
         return float((w * (np.logaddexp(0.0, f) - target * f)).sum())
 
     a, b = 1.0, 0.0
     for _ in range(100):
-        p = 1 / (1 + np.exp(-np.clip(a * z + b, -500, 500)))
+        p = 1 / (1 + np.exp(-np.clip(a * z + b + offsets, -500, 500)))
         error, curve = w * (p - target), w * p * (1 - p)
         gradient = np.array([(error * z).sum(), error.sum()])
         hessian = np.array([[(curve * z * z).sum(), (curve * z).sum()], [(curve * z).sum(), curve.sum()]])

@@ -87,7 +87,7 @@ class CtrModule(nn.Module):
         cosine = (user * items_SCD).sum(-1) / torch.sqrt((user * user).sum(-1) + SMALL_NORM**2)
         logits: Tensor = hidden @ head.get_parameter("out")
         logits = logits + head.get_parameter("scale") * cosine + head.get_parameter("base")
-        return logits if positions_SC is None else logits + self._position_terms(positions_SC)
+        return logits if positions_SC is None else logits + self.position_terms(positions_SC)
 
     def _user(self, items: Tensor, recents: Tensor, known: Tensor, age: Tensor, codes: Tensor) -> Tensor:
         """Return u of each candidate, [S, C, D]."""
@@ -103,7 +103,8 @@ class CtrModule(nn.Module):
         weights = torch.softmax(torch.cat([scores, nothing], dim=2), dim=2)[:, :, :-1]
         return weights.to(values.dtype) @ values
 
-    def _position_terms(self, positions: Tensor) -> Tensor:
+    def position_terms(self, positions: Tensor) -> Tensor:
+        """Return what positions (int64, 1-based, 0 = not known) add to the logit in training, same shape."""
         table = self.get_parameter("position")
         at = positions.clamp(max=self.config.positions)
         return torch.where(at >= _POSITIONS_WITHOUT_TERM, table[at], 0.0)

@@ -68,18 +68,20 @@ def ndcg_per_impression(scores: npt.ArrayLike, labels: npt.ArrayLike, impression
     return _ratio(_sums(g, gain, total), ideal[np.minimum(positive, k)])
 
 
-def log_loss(predictions: npt.ArrayLike, labels: npt.ArrayLike) -> float:
-    """Return the mean binary cross-entropy in nats; NaN for no predictions."""
+def log_loss(predictions: npt.ArrayLike, labels: npt.ArrayLike, weights: npt.ArrayLike | None = None) -> float:
+    """Return the mean binary cross-entropy in nats, weighted if weights are given; NaN for no predictions."""
     p = np.clip(np.asarray(predictions, np.float64), PROBABILITY_EDGE, 1 - PROBABILITY_EDGE)
     y = np.asarray(labels, np.float64)
-    return float(-(y * np.log(p) + (1 - y) * np.log1p(-p)).mean()) if p.size else float("nan")
+    return float(np.average(-(y * np.log(p) + (1 - y) * np.log1p(-p)), weights=weights)) if p.size else float("nan")
 
 
-def expected_calibration_error(predictions: npt.ArrayLike, labels: npt.ArrayLike, bins: int = 15) -> float:
+def expected_calibration_error(
+    predictions: npt.ArrayLike, labels: npt.ArrayLike, bins: int = 15, weights: npt.ArrayLike | None = None
+) -> float:
     """Return Σ_bins share · |mean label − mean prediction|, over bins of equal counts; NaN for no predictions.
 
     Equal counts (Nguyen and O'Connor 2015), not equal widths: click-through rates crowd near 0, where bins of
-    equal width would put all of them in one. Equal predictions share a bin.
+    equal width would put all of them in one. Equal predictions share a bin. Weights, if given, weigh the means.
     """
     p, y = np.asarray(predictions, np.float64), np.asarray(labels, np.float64)
     if not p.size:
@@ -88,8 +90,9 @@ def expected_calibration_error(predictions: npt.ArrayLike, labels: npt.ArrayLike
     p, y = p[order], y[order]
     first_of_equals = np.searchsorted(p, p)
     place = first_of_equals * bins // len(p)
-    gap = np.abs(np.bincount(place, y) - np.bincount(place, p))
-    return float(gap.sum() / len(p))
+    w = np.ones_like(p) if weights is None else np.asarray(weights, np.float64)[order]
+    gap = np.abs(np.bincount(place, w * y) - np.bincount(place, w * p))
+    return float(gap.sum() / w.sum())
 
 
 def coverage(shown: npt.ArrayLike, catalogue_size: int) -> float:

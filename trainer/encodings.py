@@ -218,6 +218,11 @@ class SplitEncoder:
         return [p for p in self._top.parameters() if p.requires_grad]
 
     @property
+    def batch_texts(self) -> int:
+        """Return how many texts a pass takes; less than the setting after memory ended."""
+        return self._chunk
+
+    @property
     def dim(self) -> int:
         """Return B."""
         return self._encoder.dim
