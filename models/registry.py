@@ -24,7 +24,16 @@ from models import manifest as manifests
 from models.atomic import make_folder, remove_folder, replace_file, sync_folder, write_file
 from models.bundle import verify_files
 from models.errors import BundleError, MillstreamError, RegistryError, SettingsError
-from models.manifest import MANIFEST, MAX_MANIFEST_BYTES, SIGNATURE, Manifest, check_version, digest, refusal
+from models.manifest import (
+    MANIFEST,
+    MAX_MANIFEST_BYTES,
+    PARTIAL_SUFFIX,
+    SIGNATURE,
+    Manifest,
+    check_version,
+    digest,
+    refusal,
+)
 from models.signing import MAX_SIGNATURE_BYTES, PrivateKey, PublicKey
 
 DECISIONS: Final = "_decisions"
@@ -179,6 +188,22 @@ class Registry:
             elif self._exists(path):
                 self._fs.rm_file(self._path(version, MANIFEST))
                 self._fs.rm(path, recursive=True)
+
+    def remove_leftovers(self, before_ms: int) -> list[str]:
+        """Remove what broken-off uploads left and nobody has touched since ``before_ms``; return its names."""
+        removed = []
+        with self._reaching("remove what broken-off uploads left"):
+            for entry in self._list(self._path()):
+                path = str(entry["name"]).rstrip("/")
+                name = path.rsplit("/", 1)[-1]
+                is_whole = name == DECISIONS or self._fs.exists(f"{path}/{MANIFEST}")
+                if is_whole and not name.endswith(PARTIAL_SUFFIX):
+                    continue
+                touched = [self._fs.modified(file) for file in self._fs.find(path)] or [self._fs.modified(path)]
+                if all(at.timestamp() * 1000 < before_ms for at in touched):
+                    self._fs.rm(path, recursive=True)
+                    removed.append(name)
+        return removed
 
     def record_decision(self, version: str, decision: Mapping[str, Any], at_ms: int) -> None:
         """Keep what was decided about a version, beside its bundle."""
