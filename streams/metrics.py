@@ -170,6 +170,15 @@ class EncoderMetrics:
             "millstream_encoder_batch_seconds", "Time of one batch.", ["kind"], buckets=STAGE_BUCKETS, registry=registry
         )
         self.waiting = Gauge("millstream_encoder_waiting_texts", "Texts that wait for a batch.", registry=registry)
+        self.loaded = Gauge("millstream_encoder_loaded", "Encoders that are loaded.", registry=registry)
+        self.refused = Counter(
+            "millstream_encoder_refused", "Pointers and bundles not followed, by reason.", ["reason"], registry=registry
+        )
+        self.forgotten = Counter(
+            "millstream_encoder_forgotten_encodings",
+            "Encodings taken off the topic, of encoders that no role names.",
+            registry=registry,
+        )
         build = Info("millstream_encoder_build", "Version of the package and the encoder.", registry=registry)
         build.info({"version": package_version(), "encoder": encoder_id})
 

@@ -187,6 +187,11 @@ class ModelSettings(RegistryConfig):
         ge=0,
         description="How long a start waits for a registry that is not reached; then the bootstrap serves meanwhile.",
     )
+    forget_encodings_hours: float = Field(
+        24.0,
+        gt=0,
+        description="Encodings on `item-vectors` of an encoder that no role names are taken away after this long.",
+    )
 
 
 class Settings(BaseSettings):

@@ -266,16 +266,17 @@ async def test_query_is_answered_over_the_socket(settings: Settings) -> None:
     await client.close()
 
 
-async def test_query_of_another_space_has_no_vector(settings: Settings) -> None:
-    client = QueryEncoderClient(settings.worker.data_folder, space_of(WordEncoder("other@1/mean64")), timeout_seconds=5)
+async def test_query_of_an_encoder_that_is_not_loaded_has_no_vector(settings: Settings) -> None:
     encoder = WordEncoder()
+    client = QueryEncoderClient(settings.worker.data_folder, space_of(encoder), timeout_seconds=5)
     async with encoding(settings, encoder):
 
-        async def asked() -> bool:
-            assert await client.vectors(["red apple"]) == [None]
-            return "red apple" in encoder.texts
+        async def answered() -> bool:
+            return (await client.vectors(["red apple"]))[0] is not None
 
-        await wait_until(asked, what="the process was asked")
+        await wait_until(answered, what="the process answers")
+        client.use(space_of(WordEncoder("other@1/mean64")))
+        assert await client.vectors(["red apple"]) == [None]
     await client.close()
 
 

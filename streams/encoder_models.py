@@ -1,0 +1,292 @@
+"""Which encoders the encoder process needs: that of the settings, and those of the bundles that have a role.
+
+Follows the ``models`` topic as the worker does, and takes a pointer and a bundle as strictly. A bundle that fails
+costs its encoder alone: what is loaded goes on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+import structlog
+
+from models.bundle import load
+from models.errors import BundleError, EncoderError, RegistryError
+from models.hashing import hash64
+from models.pointer import Pointer, PointerGuard, Role
+from models.registry import Registry
+from streams.item_encoder import Encoder
+from streams.mirror import Mirror, Record
+from streams.settings import Settings
+from streams.topics import TopicNames
+
+log = structlog.get_logger(__name__)
+
+RANKS: Final[dict[Role, int]] = {"live": 0, "candidate": 1, "previous": 2}
+"""Whose items are encoded first."""
+NO_ROLE_RANK: Final = 3
+GUARD_FOLDER: Final = "encoder-process"
+"""The worker beside this process keeps the generations that it has seen for itself."""
+RETRY_SECONDS: Final = 1.0
+RETRY_MAX_SECONDS: Final = 60.0
+SETTLE_SECONDS: Final = 0.3
+"""A promotion is several records: what is live goes first, and is previous a moment later."""
+
+LoadDelta = Callable[[Path], Encoder]
+"""Load the encoder that a bundle's folder ``encoder/`` makes; raises EncoderError."""
+Key = tuple[str, str]
+"""Version and manifest: what tells bundles apart."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Brought:
+    """The encodings that a bundle brings, as hashes of items, rising, with the hash of each one's text."""
+
+    items: npt.NDArray[np.uint64]
+    contents: npt.NDArray[np.uint64]
+
+    @classmethod
+    def of(cls, items: npt.NDArray[np.uint64], contents: npt.NDArray[np.uint64]) -> Brought:
+        """Return pairs [n] in any order."""
+        order = np.argsort(items, kind="stable")
+        return cls(items[order], contents[order])
+
+    def has(self, item_id: str, hashed: int) -> bool:
+        """Tell whether the encoding of an item whose text has this hash is among them."""
+        item = np.uint64(hash64(item_id))
+        place = int(np.searchsorted(self.items, item))
+        return place < len(self.items) and self.items[place] == item and int(self.contents[place]) == hashed
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Known:
+    """What is known of a bundle: the encoder that it needs, and which encodings it brings."""
+
+    encoder_id: str
+    brought: Brought | None
+
+
+@dataclass(slots=True)
+class _Retry:
+    attempts: int = 0
+    at: float = 0.0
+
+
+class EncoderModels:
+    """The loaded encoders, by id, as the roles need them: at most one for each role beside that of the settings."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        base: Encoder,
+        load_delta: LoadDelta,
+        on_refused: Callable[[str], None] = lambda reason: None,
+    ) -> None:
+        """``load_delta`` runs in a thread of its own. ``on_refused`` is called with the reason of each refusal."""
+        self.base = base
+        self.encoders: dict[str, Encoder] = {base.encoder_id: base}
+        self.changed = asyncio.Event()
+        """Set when an encoder was loaded or dropped, or another bundle needs one."""
+        self.mirror = Mirror(settings, TopicNames.of(settings).models, self._on_records)
+        self._settings = settings
+        self._load_delta = load_delta
+        self._on_refused = on_refused
+        self._registry = Registry(settings.models)
+        self._guard: PointerGuard | None = None
+        self._unread: list[Record] = []
+        self._wanted: dict[Role, Pointer] = {}
+        self._known: dict[Key, Known] = {}
+        self._refused: set[Key] = set()
+        self._retries: dict[Key, _Retry] = {}
+        self._news = asyncio.Event()
+
+    async def run(self) -> None:
+        """Follow the topic until cancelled; an error of our own code is raised."""
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self.mirror.run(), name="mirror-models")
+            tasks.create_task(self._follow(), name="follow-models")
+
+    def rank(self, encoder_id: str) -> int:
+        """Return whose items go first: those of the live encoder have the lowest rank."""
+        ranks = [RANKS[role] for role, pointer in self._wanted.items() if self._encoder_of(pointer) == encoder_id]
+        if "live" not in self._wanted and encoder_id == self.base.encoder_id:
+            return RANKS["live"]
+        return min(ranks, default=NO_ROLE_RANK)
+
+    def named(self) -> set[str] | None:
+        """Return the ids of encoders that may be needed; None while it is not known of which one a role's bundle is.
+
+        That of the settings is always among them: a worker whose bundle is refused serves with it.
+        """
+        if not self.mirror.caught_up.is_set() or self._unread:
+            return None
+        ids = {self._encoder_of(pointer) for pointer in self._wanted.values()}
+        found = {encoder_id for encoder_id in ids if encoder_id is not None} | {self.base.encoder_id}
+        return None if None in ids else found
+
+    def bundles_of(self, encoder_id: str) -> frozenset[Key]:
+        """Return the bundles with a role that need an encoder."""
+        keys = {_key(pointer) for pointer in self._wanted.values()}
+        return frozenset(key for key in keys if key in self._known and self._known[key].encoder_id == encoder_id)
+
+    def is_brought(self, encoder_id: str, item_id: str, hashed: int) -> bool:
+        """Tell whether every bundle with a role that needs an encoder brings the encoding of an item's text.
+
+        One that does not bring it needs it on the topic: it may be the first that a worker loads.
+        """
+        bundles = [self._known[key] for key in self.bundles_of(encoder_id)]
+        return bool(bundles) and all(b.brought is not None and b.brought.has(item_id, hashed) for b in bundles)
+
+    # -- pointers ------------------------------------------------------------------------------------------------
+
+    def _on_records(self, records: Sequence[Record]) -> None:
+        self._unread += records
+        self._news.set()
+
+    def _read_pointers(self) -> None:
+        # Older values of a key may stand on the topic until it is compacted: they are no older announcement.
+        unread = {record.key: record for record in self._unread}
+        self._unread = []
+        for record in unread.values():
+            try:
+                pointer = self._accept(record)
+            except BundleError as error:
+                log.warning("pointer_refused", reason=error.reason, detail=error.detail)
+                self._on_refused(error.reason)
+                continue
+            except RegistryError as error:
+                log.error("pointer_not_kept", error=str(error))
+                self._unread.append(record)
+                continue
+            if pointer is None:
+                continue
+            if pointer.is_withdrawal:
+                self._wanted.pop(pointer.role, None)
+            else:
+                self._wanted[pointer.role] = pointer
+
+    def _accept(self, record: Record) -> Pointer | None:
+        if self._guard is None:
+            models = self._settings.models
+            folder = self._settings.worker.data_folder / GUARD_FOLDER
+            folder.mkdir(parents=True, exist_ok=True)
+            self._guard = PointerGuard(folder, models.name, models.trusted())
+        return self._guard.accept(record.key, record.value)
+
+    def _encoder_of(self, pointer: Pointer) -> str | None:
+        """Return the id of the encoder that a pointer's bundle needs, None where it is not known."""
+        if pointer.is_bootstrap:
+            return self.base.encoder_id
+        known = self._known.get(_key(pointer))
+        return known.encoder_id if known else None
+
+    # -- bundles -------------------------------------------------------------------------------------------------
+
+    async def _follow(self) -> None:
+        await self.mirror.caught_up.wait()
+        while True:
+            self._news.clear()
+            self._read_pointers()
+            self._drop()
+            pointer = self._next()
+            if pointer is not None:
+                await self._try(pointer)
+                continue
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._news.wait(), self._seconds_to_retry())
+                await asyncio.sleep(SETTLE_SECONDS)
+
+    def _drop(self) -> None:
+        """Let go what no role names any more, before anything else is loaded."""
+        keys = {_key(pointer) for pointer in self._wanted.values()}
+        self._known = {key: known for key, known in self._known.items() if key in keys}
+        self._refused &= keys
+        self._retries = {key: retry for key, retry in self._retries.items() if key in keys}
+        needed = {known.encoder_id for known in self._known.values()} | {self.base.encoder_id}
+        dropped = self.encoders.keys() - needed
+        self.encoders = {e: encoder for e, encoder in self.encoders.items() if e in needed}
+        for encoder_id in sorted(dropped):
+            log.info("encoder_dropped", encoder=encoder_id)
+        self.changed.set()
+
+    def _next(self) -> Pointer | None:
+        """Return the pointer whose bundle is to be read next, the live one first."""
+        now = time.monotonic()
+        for role in RANKS:
+            pointer = self._wanted.get(role)
+            if pointer is None or pointer.is_bootstrap:
+                continue
+            key = _key(pointer)
+            retry = self._retries.get(key)
+            if key not in self._known and key not in self._refused and (retry is None or retry.at <= now):
+                return pointer
+        return None
+
+    def _seconds_to_retry(self) -> float | None:
+        waits = [retry.at - time.monotonic() for retry in self._retries.values()]
+        waits += [RETRY_SECONDS] if self._unread else []
+        return max(0.01, min(waits)) if waits else None
+
+    async def _try(self, pointer: Pointer) -> None:
+        key = _key(pointer)
+        try:
+            known, encoder = await asyncio.to_thread(self._read, pointer)
+        except (RegistryError, OSError) as error:
+            retry = self._retries.setdefault(key, _Retry())
+            seconds = min(RETRY_MAX_SECONDS, RETRY_SECONDS * 2**retry.attempts)
+            retry.attempts += 1
+            retry.at = time.monotonic() + seconds
+            log.warning("bundle_unreachable", version=pointer.version, retry_seconds=seconds, error=str(error))
+            return
+        except (BundleError, EncoderError) as error:
+            reason = error.reason if isinstance(error, BundleError) else "encoder"
+            log.error("encoder_refused", version=pointer.version, reason=reason, error=str(error))
+            self._on_refused(reason)
+            self._refused.add(key)
+            return
+        self._retries.pop(key, None)
+        self._known[key] = known
+        if encoder is not None:
+            self.encoders = {**self.encoders, encoder.encoder_id: encoder}
+            log.info("encoder_loaded", encoder=encoder.encoder_id, version=pointer.version, role=pointer.role)
+        self.changed.set()
+
+    def _read(self, pointer: Pointer) -> tuple[Known, Encoder | None]:
+        """Return what a bundle needs, and its encoder where that one is not loaded yet."""
+        models = self._settings.models
+        folder = self._registry.fetch(pointer.version, models.cache_folder, manifest_sha256=pointer.manifest_sha256)
+        bundle = load(
+            folder, models.trusted(), manifest_sha256=pointer.manifest_sha256, max_bytes=models.max_bundle_bytes
+        )
+        encoder_id, encodings = bundle.manifest.encoder_id, bundle.encodings
+        brought = None if encodings is None else Brought.of(encodings.items, encodings.contents)
+        if encoder_id in self.encoders:
+            return Known(encoder_id, brought), None
+        if bundle.encoder_folder is None:
+            raise EncoderError(
+                f"bundle {pointer.version} needs the encoder {encoder_id!r} and brings none; encoder.model gives "
+                f"{self.base.encoder_id!r}: set it to the one that the bundle was trained with"
+            )
+        encoder = self._load_delta(bundle.encoder_folder)
+        if encoder.encoder_id != encoder_id:
+            raise EncoderError(
+                f"the delta of bundle {pointer.version} makes {encoder.encoder_id!r}, its manifest says {encoder_id!r}"
+            )
+        return Known(encoder_id, brought), encoder
+
+
+def lanes_of(models: EncoderModels) -> Mapping[str, frozenset[Key]]:
+    """Return the lanes that are needed beside that of the settings: encoder id and the bundles that need it."""
+    return {e: models.bundles_of(e) for e in models.encoders if e != models.base.encoder_id}
+
+
+def _key(pointer: Pointer) -> Key:
+    return pointer.version, pointer.manifest_sha256
