@@ -116,6 +116,8 @@ class ModelWatch:
         self._registry = Registry(settings.models)
         self._guard: PointerGuard | None = None
         self._unread: list[Record] = []
+        self._newest_read: dict[bytes | None, Record] = {}
+        """What was the newest record of each key when the topic was read for the first time."""
         self._news = asyncio.Event()
         self._started_at = time.monotonic()
         # Two threads: a fetch that hangs must not stand before another version.
@@ -154,7 +156,11 @@ class ModelWatch:
                 self._unread = [*unread[place:], *self._unread]
                 return
             except BundleError as error:
-                self._refuse(*_named(record), error)
+                is_history = (
+                    error.reason == "old-generation" and self._newest_read.get(record.key, record) is not record
+                )
+                if not is_history:
+                    self._refuse(*_named(record), error)
                 continue
             if pointer is not None and self._state.wanted.get(pointer.role) != pointer:
                 log.info("pointer", role=pointer.role, version=pointer.version, generation=pointer.generation)
@@ -183,8 +189,8 @@ class ModelWatch:
         # A whole catalogue is built at once, not as it comes in.
         await self._catalogue_mirror.caught_up()
         self._started_at = time.monotonic()
-        # Older values of a key may stand on the topic until it is compacted: they are no older announcement.
-        self._unread = list({record.key: record for record in self._unread}.values())
+        # Older values of a key stand on the topic until it is compacted: an announcement anew is the last one only.
+        self._newest_read = {record.key: record for record in self._unread}
         while True:
             self._news.clear()
             if self._unread:
