@@ -72,7 +72,8 @@ def log_loss(predictions: npt.ArrayLike, labels: npt.ArrayLike, weights: npt.Arr
     """Return the mean binary cross-entropy in nats, weighted if weights are given; NaN for no predictions."""
     p = np.clip(np.asarray(predictions, np.float64), PROBABILITY_EDGE, 1 - PROBABILITY_EDGE)
     y = np.asarray(labels, np.float64)
-    return float(np.average(-(y * np.log(p) + (1 - y) * np.log1p(-p)), weights=weights)) if p.size else float("nan")
+    w = None if weights is None else np.asarray(weights, np.float64)
+    return float(np.average(-(y * np.log(p) + (1 - y) * np.log1p(-p)), weights=w)) if p.size else float("nan")
 
 
 def expected_calibration_error(

@@ -228,7 +228,7 @@ class TrainedBase:
 
     def _backward_pass(self, places: I64, encoded: Tensor, gradient: Tensor) -> None:
         part = gradient[torch.from_numpy(places).to(self._device)]
-        encoded.backward(self._scaler.scale(part))
+        encoded.backward(self._scaler.scale(part))  # type: ignore[no-untyped-call]
 
 
 def warm_up_and_decay(optimiser: torch.optim.Optimizer, steps: int, warm_up_share: float) -> LRScheduler:

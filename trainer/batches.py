@@ -72,7 +72,8 @@ class Slates:
         """Return the places of impressions' items in the flat arrays, in their order."""
         sizes = self.starts[impressions + 1] - self.starts[impressions]
         ends = np.cumsum(sizes)
-        return np.arange(int(sizes.sum())) - np.repeat(ends - sizes - self.starts[impressions], sizes)
+        flat: I64 = np.arange(int(sizes.sum())) - np.repeat(ends - sizes - self.starts[impressions], sizes)
+        return flat
 
     def groups(self, impressions: I64) -> I64:
         """Return for each place of ``flat`` which of the impressions it is of, 0 …."""

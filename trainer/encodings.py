@@ -291,10 +291,9 @@ class SplitEncoder:
         whole = {name: value for name, value in state.items() if ".lora_" not in name}
         for name, a in state.items():
             if LORA_A in name:
-                module = name.split(LORA_A)[0]
-                whole[f"{module}.base_layer.weight"] = (
-                    whole[f"{module}.base_layer.weight"] + scale * state[name.replace(LORA_A, LORA_B)] @ a
-                )
+                weight = f"{name.split(LORA_A)[0]}.base_layer.weight"
+                change = scale * (state[name.replace(LORA_A, LORA_B)] @ a)
+                whole[weight] = np.asarray(whole[weight] + change, np.float32)
         return whole
 
     def _state(self) -> dict[str, Tensor]:

@@ -158,7 +158,7 @@ class _Training:
         if not course.best_epoch:
             # Nothing was better than the start: its encoder stays, under its id.
             split_encoder = None
-        space, delta = self._space(items, slates, residual_rows, split_encoder)
+        space, delta = self._space(items, slates, residual_rows, split_encoder, course)
         tensors = module.tensors()
         with self._timed("scoring"):
             scorer, metrics = self._calibrate(module.config, tensors, features, space, encodings, slates)
@@ -263,11 +263,11 @@ class _Training:
         return ItemEncodings(slates.hashes[rows], contents, encoded.astype(np.float16))
 
     def _space(
-        self, items: ItemSide, slates: Slates, residual_rows: I64, layers: SplitEncoder | None
+        self, items: ItemSide, slates: Slates, residual_rows: I64, layers: SplitEncoder | None, course: Course
     ) -> tuple[Space, EncoderDelta | None]:
         start, config = self._start, self._config
         delta = start.delta if layers is None else layers.delta()
-        if layers is None and not config.projection and not config.residuals:
+        if not course.best_epoch or (layers is None and not config.projection and not config.residuals):
             return start.space, delta
         encoder_id = start.space.encoder_id if delta is None or layers is None else delta.encoder_id
         residual_items, residuals = start.space.residual_items, start.space.residuals
