@@ -90,7 +90,7 @@ def new_round(
     if learner is None:
         from trainer.learner import FinetuneLearner
 
-        learner = FinetuneLearner(config, encoder)
+        learner = FinetuneLearner.of(config, encoder)
     spool = Spool(config.data_folder / "spool")
     private_key = models.signer()
     ports = Ports(

@@ -19,7 +19,7 @@ import structlog
 
 from models import bundle as bundles
 from models.bundle import BOOTSTRAP_VERSION, Bundle, BundleContents
-from models.errors import BundleError, TrainingError
+from models.errors import BundleError, EncoderError, TrainingError
 from models.examples import RANDOMISED, FeaturesRecord
 from models.manifest import Manifest, OffsetRange, Window, new_version
 from models.pointer import Pointer, Pointers, plan_candidate, plan_promotion, plan_rollback, plan_withdrawal
@@ -97,6 +97,8 @@ class Learned:
     """On the held-back slice; NaN where it cannot be told."""
     auc_before: float
     """Of what it started from, on the same slice; NaN where it cannot be told."""
+    improved: bool = True
+    """False: no epoch was better on the held-back slice than the start."""
 
 
 class Learner(Protocol):
@@ -287,13 +289,17 @@ class Round:
         since = max(bundle.manifest.window.to_ms, self._learned_to(live), self._state.judged_to_ms)
         found = examples.after(since)
         if live == BOOTSTRAP_VERSION:
+            # The hand-set score is not a bundle: what workers logged of it is all there is.
             found, _ = logged_scores(found, BOOTSTRAP_VERSION)
         why = self._why_wait(found, candidate, pointers)
         if why is not None:
             result.add("waiting", f"candidate {candidate} waits: {why}")
             return True
-        decision = self._judged(found, bundle, live, pointers, items)
         self._state.judged_to_ms = found.newest_ms
+        try:
+            decision = self._judged(found, bundle, live, pointers, items)
+        except EncoderError as error:
+            decision = Decision("refuse", "encoder", f"the candidate cannot be scored: {error}")
         self._decide(decision, candidate, result)
         return False
 
@@ -316,13 +322,10 @@ class Round:
 
     def _judged(self, found: Examples, bundle: Bundle, live: str, pointers: Pointers, items: ItemFacts) -> Decision:
         gate, seed = self._config.gate, self._config.seed
-        records = [e.features for e in found.impressions]
-        mine = self._ports.learner.score(bundle, records, items)
-        theirs = (
-            logged_scores(found, BOOTSTRAP_VERSION)[1][0]
-            if live == BOOTSTRAP_VERSION
-            else self._ports.learner.score(self._bundle(pointers.roles["live"]), records, items)
-        )
+        found, theirs = self._live_scores(found, live, pointers, items)
+        mine = self._ports.learner.score(bundle, [e.features for e in found.impressions], items)
+        if not mine:
+            return Decision("refuse", "live-unknown", f"nothing says how {live} scores: neither its bundle nor the log")
         first, second = np.concatenate(mine), np.concatenate(theirs)
         labels, numbers, users = found.flat_labels(), found.impression_numbers(), found.users()
         decision = judge(first, second, labels, numbers, users, gate, seed)
@@ -348,6 +351,19 @@ class Round:
             if not shadow.promote:
                 decision = shadow
         return replace(decision, figures=figures)
+
+    def _live_scores(
+        self, found: Examples, live: str, pointers: Pointers, items: ItemFacts
+    ) -> tuple[Examples, list[F32]]:
+        """Return the live scores; of a bundle that cannot be scored here, those that workers logged, and on which."""
+        if live != BOOTSTRAP_VERSION:
+            try:
+                bundle = self._bundle(pointers.roles["live"])
+                return found, self._ports.learner.score(bundle, [e.features for e in found.impressions], items)
+            except (BundleError, EncoderError) as error:
+                log.warning("live_bundle_not_scored", version=live, error=str(error), action="logged scores are taken")
+        found, (logged,) = logged_scores(found, live)
+        return found, logged
 
     def _shadow(self, found: Examples, candidate: str, recomputed: Sequence[F32]) -> Decision:
         by_id = {e.features.impression_id: scores for e, scores in zip(found.impressions, recomputed, strict=True)}
@@ -426,6 +442,11 @@ class Round:
             learned = ports.learner.train(identity, examples, items, parent, ports.show)
         check_trained(learned.losses, learned.auc, learned.auc_before, config.gate)
         self._go_on()
+        if not learned.improved:
+            self._state.learned_to_ms = identity.window.to_ms
+            save_state(config.data_folder, self._state)
+            result.add("nothing-learned", f"no epoch on {len(examples):,} impressions was better than the start")
+            return
         contents = learned.contents
         contents.metrics = {**contents.metrics, "positive_rate": rate}
         with ports.metrics.step("publish"):
