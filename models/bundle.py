@@ -20,7 +20,6 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 from pydantic import ValidationError
-from safetensors import SafetensorError
 from safetensors import numpy as safetensors
 
 from models.atomic import make_folder, write_file
@@ -54,6 +53,7 @@ from models.manifest import (
     refusal,
 )
 from models.signing import MANIFEST_CONTEXT, MAX_SIGNATURE_BYTES, PrivateKey, PublicKey
+from models.tensor_file import views
 
 __all__ = [
     "BOOTSTRAP_VERSION",
@@ -428,8 +428,8 @@ def _ctr_config(content: bytes, manifest: Manifest, where: str) -> tuple[Feature
 
 def _tensors(content: bytes, where: str, name: str) -> Tensors:
     try:
-        tensors = safetensors.load(content)
-    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        tensors = views(content)
+    except ValueError as error:
         raise refusal("malformed", where, f"{name} is not safetensors of numbers: {error}") from None
     for tensor_name, tensor in tensors.items():
         if tensor.dtype.kind == "f" and not np.isfinite(tensor).all():

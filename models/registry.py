@@ -38,6 +38,8 @@ from models.signing import MAX_SIGNATURE_BYTES, PrivateKey, PublicKey
 
 DECISIONS: Final = "_decisions"
 MAX_DECISION_BYTES: Final = 1 << 20
+PARTIAL_SECONDS: Final = 24 * 3600.0
+"""What is half fetched for so long is nobody's any more."""
 _READ_BYTES: Final = 1 << 20
 
 
@@ -336,17 +338,19 @@ class Registry:
 def prune_cache(folder: Path, keep: Collection[str], at_most: int) -> list[str]:
     """Remove fetched bundles that were not used for longest, down to ``at_most``; return what went.
 
-    Those in ``keep`` stay, also where they are more.
+    Those in ``keep`` stay, also where they are more. What fetches that were killed left goes too, when it is
+    PARTIAL_SECONDS older than the bundle that was used last.
     """
-    found = (
-        [path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")]
-        if folder.is_dir()
-        else []
-    )
-    free = sorted((path for path in found if path.name not in keep), key=lambda path: path.stat().st_mtime)
-    doomed = free[: max(0, len(found) - at_most)]
+    found = [path for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []
+    whole = {path: path.stat().st_mtime for path in found if not path.name.endswith(PARTIAL_SUFFIX)}
+    free = sorted((path for path in whole if path.name not in keep), key=lambda path: whole[path])
+    doomed = free[: max(0, len(whole) - at_most)]
     for path in doomed:
         remove_folder(path)
+    oldest = max(whole.values(), default=0.0) - PARTIAL_SECONDS
+    for path in found:
+        if path not in whole and path.stat().st_mtime < oldest:
+            shutil.rmtree(path, ignore_errors=True)
     return [path.name for path in doomed]
 
 

@@ -316,3 +316,27 @@ def test_the_cache_keeps_every_named_version_also_beyond_its_bound(tmp_path: Pat
     for name in ("v1", "v2", "v3", "v4"):
         (tmp_path / name).mkdir()
     assert prune_cache(tmp_path, keep={"v1", "v2", "v3", "v4"}, at_most=3) == []
+
+
+def test_the_cache_loses_what_a_killed_fetch_left_long_ago_and_keeps_a_fetch_under_way(tmp_path: Path) -> None:
+    for name, at in (("v1", 200_000), (".v2.aa.partial", 100_000), (".v3.bb.partial", 199_000)):
+        (tmp_path / name).mkdir()
+        os.utime(tmp_path / name, (at, at))
+    assert prune_cache(tmp_path, keep=(), at_most=3) == []
+    assert {p.name for p in tmp_path.iterdir()} == {"v1", ".v3.bb.partial"}
+
+
+def test_what_a_broken_off_upload_left_long_ago_is_removed_and_one_under_way_is_kept(
+    config: RegistryConfig, registry: Registry, tmp_path: Path
+) -> None:
+    published(registry, tmp_path)
+    registry.record_decision("v1", {"promote": True}, at_ms=1)
+    for part in ("v2/ctr.json", ".v3.aa.partial/ctr.json"):
+        files, path = in_registry(config, *part.split("/"))
+        files.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
+        files.pipe_file(path, b"half")
+    now_ms = int(files.modified(path).timestamp() * 1000)
+    assert registry.remove_leftovers(now_ms - 60_000) == []
+    assert sorted(registry.remove_leftovers(now_ms + 60_000)) == [".v3.aa.partial", "v2"]
+    assert registry.versions() == ["v1"]
+    assert registry.decisions("v1") == [{"promote": True}]
