@@ -95,7 +95,7 @@ class EncoderModels:
         self.encoders: dict[str, Encoder] = {base.encoder_id: base}
         self.changed = asyncio.Event()
         """Set when an encoder was loaded or dropped, or another bundle needs one."""
-        self.mirror = Mirror(settings, TopicNames.of(settings).models, self._on_records)
+        self.mirror = Mirror(settings, TopicNames.of(settings).models, self.apply)
         self._settings = settings
         self._load_delta = load_delta
         self._on_refused = on_refused
@@ -112,7 +112,7 @@ class EncoderModels:
         """Follow the topic until cancelled; an error of our own code is raised."""
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self.mirror.run(), name="mirror-models")
-            tasks.create_task(self._follow(), name="follow-models")
+            tasks.create_task(self.follow(), name="follow-models")
 
     def rank(self, encoder_id: str) -> int:
         """Return whose items go first: those of the live encoder have the lowest rank."""
@@ -147,7 +147,8 @@ class EncoderModels:
 
     # -- pointers ------------------------------------------------------------------------------------------------
 
-    def _on_records(self, records: Sequence[Record]) -> None:
+    def apply(self, records: Sequence[Record]) -> None:
+        """Take records of ``models``; ``follow`` acts on them."""
         self._unread += records
         self._news.set()
 
@@ -190,7 +191,8 @@ class EncoderModels:
 
     # -- bundles -------------------------------------------------------------------------------------------------
 
-    async def _follow(self) -> None:
+    async def follow(self) -> None:
+        """Load and drop encoders as the records say, until cancelled."""
         await self.mirror.caught_up.wait()
         while True:
             self._news.clear()
