@@ -7,6 +7,7 @@ worker's own histogram ends later, at the broker's acknowledgement of the slate,
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
 from typing import Final
 
@@ -48,7 +49,7 @@ async def _measure(made: Stage, worker: WorkerProcess, with_encoding: bool) -> N
     await asyncio.sleep(LAST_SLATES_SECONDS)
     profile = await worker.end_profile()
     after = await worker.buckets("millstream_freshness_seconds")
-    triggers, times_ms = await _times(made, begun_ms)
+    triggers, times_ms = await times_of(made, begun_ms)
     beside = f", {ITEMS_A_SECOND} new items/s encoded" if with_encoding else ""
     title = f"freshness at {EVENTS_A_SECOND} events/s{beside}"
     if profile:
@@ -68,19 +69,24 @@ async def _measure(made: Stage, worker: WorkerProcess, with_encoding: bool) -> N
 async def _drive(made: Stage, seconds: float, with_encoding: bool) -> list[float]:
     """Send events, and items if asked, evenly; returns how late each event was sent, in ms."""
     if not with_encoding:
-        return await _send_events(made, seconds)
-    lateness_ms, _ = await asyncio.gather(_send_events(made, seconds), _send_items(made, seconds))
+        return await send_events(made, seconds)
+    lateness_ms, _ = await asyncio.gather(send_events(made, seconds), _send_items(made, seconds))
     return lateness_ms
 
 
-async def _send_events(made: Stage, seconds: float) -> list[float]:
-    """Of ten events eight are clicks, one is a request, one an impression."""
+async def send_events(made: Stage, seconds: float, until: asyncio.Task[None] | None = None) -> list[float]:
+    """Send events for ``seconds``, or until a task is done: of ten, eight clicks, a request, an impression.
+
+    Returns how late each was sent, in ms; what the task raised is raised.
+    """
     world = made.bench.world
     users = made.bench.sizes.users
     started = time.perf_counter()
     lateness_ms: list[float] = []
     sending: set[asyncio.Task[object]] = set()
-    for n in range(int(seconds * EVENTS_A_SECOND)):
+    for n in itertools.count():
+        if n >= seconds * EVENTS_A_SECOND or (until is not None and until.done()):
+            break
         due = started + n / EVENTS_A_SECOND
         await asyncio.sleep(max(0.0, due - time.perf_counter()))
         lateness_ms.append((time.perf_counter() - due) * 1e3)
@@ -97,6 +103,8 @@ async def _send_events(made: Stage, seconds: float) -> list[float]:
         sending.add(task)
         task.add_done_callback(sending.discard)
     await asyncio.gather(*sending)
+    if until is not None:
+        await until
     return lateness_ms
 
 
@@ -109,12 +117,12 @@ async def _send_items(made: Stage, seconds: float) -> None:
         await made.publish_items([(item.item_id, item)])
 
 
-async def _times(made: Stage, begun_ms: int) -> tuple[int, list[int]]:
-    """Return the number of triggers since ``begun_ms``, and slate time − trigger time of each slate, in ms."""
+async def times_of(made: Stage, begun_ms: int, ended_ms: int = 1 << 62) -> tuple[int, list[int]]:
+    """Return the number of triggers of a time span, and slate time − trigger time of each slate, in ms."""
     triggers = {
         (r.partition, r.offset): r.timestamp
         for r in await made.records(made.names.events)
-        if r.timestamp >= begun_ms and b'"impression"' not in r.value
+        if begun_ms <= r.timestamp < ended_ms and b'"impression"' not in r.value
     }
     decoder = msgspec.json.Decoder(Recommendation)
     times: dict[tuple[int, int], int] = {}

@@ -120,8 +120,6 @@ class ModelWatch:
         """What was the newest record of each key when the topic was read for the first time."""
         self._news = asyncio.Event()
         self._started_at = time.monotonic()
-        # Two threads: a fetch that hangs must not stand before another version.
-        self._background = ThreadPoolExecutor(2, "model-preparation", initializer=lower_priority)
         self._preparing_encoder: str | None = None
         first = catalogue_mirror.state.spaces[slot.live.space_id]
         self._state = _State(held={(slot.live.version, ""): _Held(slot.live, first)})
@@ -132,10 +130,6 @@ class ModelWatch:
         async with asyncio.TaskGroup() as group:
             group.create_task(self.mirror.run(), name="mirror-models")
             group.create_task(self._follow(), name="follow-models")
-
-    def close(self) -> None:
-        """End the background thread; a preparation under way is given up."""
-        self._background.shutdown(wait=False, cancel_futures=True)
 
     # -- pointers ------------------------------------------------------------------------------------------------
 
@@ -476,8 +470,12 @@ class ModelWatch:
             await asyncio.sleep(ENCODING_POLL_SECONDS)
 
     async def _in_background(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._background, partial(function, *args, **kwargs))
+        """Call in a thread of low priority. Of its own each time: a fetch that hangs stands before nothing else."""
+        executor = ThreadPoolExecutor(1, "model-preparation", initializer=lower_priority)
+        try:
+            return await asyncio.get_running_loop().run_in_executor(executor, partial(function, *args, **kwargs))
+        finally:
+            executor.shutdown(wait=False)
 
 
 def _served(bundle: Bundle, items: ItemSpace) -> ServingModel:

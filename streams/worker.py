@@ -35,6 +35,8 @@ from streams.health import HealthServer
 from streams.in_flight import InFlightMark, Suspects
 from streams.item_stats import ItemStats
 from streams.kafka_clients import bootstrap_servers, new_admin, new_producer
+from streams.label_timer import LabelTimer
+from streams.labels import LabelMetrics
 from streams.logs import configure
 from streams.maintenance import Maintenance
 from streams.metrics import Metrics
@@ -189,6 +191,8 @@ class Worker:
             model_version=self.model.version,
             space_name=self.model.space_id,
         )
+        self.label_timer = LabelTimer(self.pipeline.labels.context)
+        self.label_metrics = LabelMetrics(self.metrics.registry)
         self.pipeline.use(self.model.live, [])
         self.metrics.set_build(model_version=self.model.version, space_id=self.model.space_id)
         self.encoder = QueryEncoderClient(settings.worker.data_folder, self.model.space)
@@ -270,7 +274,6 @@ class Worker:
         await self.item_stats.publish(everything=True)
         for task in self._tasks:
             task.cancel()
-        self.models.close()
         await self.app.stop()
         await self.model_status.say_goodbye()
         await self.producer.stop()
@@ -361,6 +364,8 @@ class Worker:
             outbox.add(self.names.recommendations, slate.partition, slate.key, value, JSON)
         for example in prepared.features:
             outbox.add(self.names.features, example.partition, example.key, example.value)
+        for label in prepared.closings.labels:
+            outbox.add(self.names.labels, label.partition, label.key, label.value)
         for letter in prepared.refused:
             self._stage_letter(outbox, letter, now_ms)
         await self.write(outbox, generation)
@@ -368,6 +373,7 @@ class Worker:
             self.rows.put(partition, key, row)
         self.mark.clear()
         self.maintenance.see_times(accepted)
+        self.label_timer.touch(prepared.closings.next_close_ms, time.monotonic())
         self._count(prepared)
 
     async def write(self, outbox: Outbox, generation: int) -> None:
@@ -450,6 +456,7 @@ class Worker:
         for slate in prepared.slates:
             metrics.slates.labels(slate.kind).inc()
             metrics.freshness.observe(max(0.0, now - slate.broker_ms / 1000))
+        self.label_metrics.count(prepared.closings.counts)
         metrics.unknown_items.inc(prepared.unknown_items)
         metrics.slates_suppressed.inc(prepared.suppressed)
 
