@@ -336,12 +336,12 @@ def verify_files(
     Raises BundleError as ``load`` does.
     """
     where = str(folder)
-    encoded = _read(folder, MANIFEST, MAX_MANIFEST_BYTES)
+    encoded = bytes(_read(folder, MANIFEST, MAX_MANIFEST_BYTES))
     if manifest_sha256 is not None and digest(encoded) != manifest_sha256:
         raise refusal("wrong-hash", where, f"its manifest has the SHA-256 {digest(encoded)}, not {manifest_sha256}")
     if public_key is not None:
         has = (folder / SIGNATURE).is_file()
-        signature = _read(folder, SIGNATURE, MAX_SIGNATURE_BYTES).decode("ascii", "replace") if has else None
+        signature = str(_read(folder, SIGNATURE, MAX_SIGNATURE_BYTES), "ascii", "replace") if has else None
         public_key.verify(MANIFEST_CONTEXT, encoded, signature, f"the manifest of bundle {where}")
     manifest = decode(encoded, where, max_bytes=max_bytes)
     _check_names(folder, manifest)
@@ -372,22 +372,26 @@ def _check_names(folder: Path, manifest: Manifest) -> None:
             raise refusal("wrong-size", where, f"{name} has {size} bytes, its manifest says {entry.bytes}")
 
 
-def _read(folder: Path, name: str, max_bytes: int) -> bytes:
+def _read(folder: Path, name: str, max_bytes: int) -> memoryview:
+    """Return a file's bytes, read into an array: ``file.read`` of a large file keeps Python's lock for long."""
     try:
         # Not through a link, also one that was put there after the names were checked.
         handle = os.open(folder / name, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
-        with os.fdopen(handle, "rb") as file:
-            content = file.read(max_bytes + 1)
+        with os.fdopen(handle, "rb", buffering=0) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size > max_bytes:
+                raise refusal("too-large", str(folder), f"{name} has {size} bytes, more than {max_bytes}")
+            content, at = np.empty(size, np.uint8).data, 0
+            while at < size and (count := file.readinto(content[at:])):
+                at += count
     except FileNotFoundError:
         raise refusal("missing-file", str(folder), f"it lacks {name}") from None
     except OSError as error:
         raise refusal("unreadable", str(folder), f"{name} cannot be read: {error}") from None
-    if len(content) > max_bytes:
-        raise refusal("too-large", str(folder), f"{name} has more than {max_bytes} bytes")
-    return content
+    return content[:at].toreadonly()
 
 
-def _verified(folder: Path, manifest: Manifest, name: str) -> bytes:
+def _verified(folder: Path, manifest: Manifest, name: str) -> memoryview:
     """Return the very bytes that were hashed, so that nothing can change between the check and the use."""
     content = _read(folder, name, manifest.files[name].bytes)
     _compare(digest(content), folder, manifest, name)
@@ -410,9 +414,9 @@ def _compare(found: str, folder: Path, manifest: Manifest, name: str) -> None:
         raise refusal("wrong-hash", str(folder), f"{name} has the SHA-256 {found}, its manifest says otherwise")
 
 
-def _ctr_config(content: bytes, manifest: Manifest, where: str) -> tuple[FeatureConfig, dict[str, Any]]:
+def _ctr_config(content: memoryview, manifest: Manifest, where: str) -> tuple[FeatureConfig, dict[str, Any]]:
     try:
-        parts = json.loads(content)
+        parts = json.loads(bytes(content))
         scorer, features = dict(parts["scorer"]), dict(parts["features"])
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise refusal("malformed", where, f"{CTR_CONFIG} cannot be read: {error!r}") from None
@@ -426,7 +430,7 @@ def _ctr_config(content: bytes, manifest: Manifest, where: str) -> tuple[Feature
     return config, scorer
 
 
-def _tensors(content: bytes, where: str, name: str) -> Tensors:
+def _tensors(content: memoryview, where: str, name: str) -> Tensors:
     try:
         tensors = views(content)
     except ValueError as error:
@@ -481,7 +485,7 @@ def _encoder_folder(folder: Path, manifest: Manifest) -> Path | None:
     return place
 
 
-def _canary(content: bytes, space: Space, where: str) -> Canary:
+def _canary(content: memoryview, space: Space, where: str) -> Canary:
     try:
         stored = msgspec.msgpack.decode(content, type=_CanaryFile)
         items = np.frombuffer(stored.items, "<u8").astype(np.uint64)

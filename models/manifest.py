@@ -126,7 +126,7 @@ def check_version(version: str) -> str:
     return version
 
 
-def digest(content: bytes) -> str:
+def digest(content: bytes | memoryview) -> str:
     """Return the SHA-256 of bytes, 64 hexadecimal digits."""
     return sha256(content).hexdigest()
 

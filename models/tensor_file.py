@@ -36,7 +36,7 @@ class _Entry(msgspec.Struct):
     data_offsets: tuple[int, int]
 
 
-def views(content: bytes) -> dict[str, npt.NDArray[Any]]:
+def views(content: bytes | memoryview) -> dict[str, npt.NDArray[Any]]:
     """Return the tensors by name, read-only arrays over ``content``.
 
     Raises ValueError where it is not such a file, has other numbers than ours, or has gaps, overlaps or a rest.
