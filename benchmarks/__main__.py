@@ -27,7 +27,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from rich.console import Console
 
-from benchmarks import baselines, freshness, new_items, recovery, throughput
+from benchmarks import baselines, examples, freshness, new_items, recovery, swap, throughput
 from benchmarks.processes import REPOSITORY, BenchmarkError
 from benchmarks.results import Report, machine, print_report
 from benchmarks.stage import QUICK, Bench, Sizes
@@ -45,6 +45,8 @@ BENCHMARKS: Final[dict[str, Run]] = {
     "slates": throughput.slates,
     "actions": throughput.actions,
     "impressions": throughput.impressions,
+    "examples": examples.run,
+    "swap": swap.run,
     "new-items": new_items.run,
     "recovery": recovery.run,
 }

@@ -17,6 +17,7 @@ from benchmarks.processes import BenchmarkError, WorkerProcess
 from benchmarks.results import CpuAccount, Figure
 from benchmarks.stage import Bench, Stage, stage
 from benchmarks.world import SLATE, Keyed
+from models.user_value import row_of
 
 POLL_SECONDS: Final = 0.25
 LIMIT_SECONDS: Final = 600.0
@@ -58,7 +59,7 @@ async def actions(bench: Bench) -> None:
     account = CpuAccount()
     async with stage(bench, "actions", users=bench.sizes.users, worker=silent) as made:
         worker = await made.worker()
-        await _rate(made, worker, _clicks(bench, bench.sizes.actions), "action", "actions without a slate")
+        await rate(made, worker, _clicks(bench, bench.sizes.actions), "action", "actions without a slate")
     bench.report.beside["actions"] = account.describe()
 
 
@@ -70,7 +71,7 @@ async def impressions(bench: Bench) -> None:
         worker = await made.worker()
         now_ms = time.time_ns() // 1_000_000
         shown = [bench.world.impression(_user(i, sizes.users), now_ms) for i in range(sizes.impressions)]
-        await _rate(made, worker, shown, "impression", f"impressions of {SLATE} items")
+        await rate(made, worker, shown, "impression", f"impressions of {SLATE} items")
     bench.report.beside["impressions"] = account.describe()
 
 
@@ -94,20 +95,26 @@ async def _warm_up(made: Stage, worker: WorkerProcess) -> None:
     await _until(worker, WARM_UP_EVENTS, "action", [(time.perf_counter(), 0.0)])
 
 
-async def _rate(made: Stage, worker: WorkerProcess, records: Sequence[Keyed], kind: str, name: str) -> None:
-    """Measure events per second by the worker's counter, from its first reading above zero to its last."""
+async def rate(
+    made: Stage, worker: WorkerProcess, records: Sequence[Keyed], kind: str, name: str, counted: int | None = None
+) -> None:
+    """Measure events of a kind per second by the worker's counter, from its first reading above zero to its last.
+
+    ``counted``: how many of ``records`` are of that kind; default: all.
+    """
+    counted = len(records) if counted is None else counted
     target = {"action": ACTIONS_A_SECOND, "impression": IMPRESSIONS_A_SECOND}[kind]
     before = await worker.metric("millstream_slates_total")
     readings: list[tuple[float, float]] = []
-    profile = await _take_in(made, worker, records, kind, readings)
+    profile = await _take_in(made, worker, records, kind, readings, counted)
     base = readings[0][1]
-    moving = [(at, count) for at, count in readings if base < count < base + len(records)]
+    moving = [(at, count) for at, count in readings if base < count < base + counted]
     if len(moving) < 2:
-        raise BenchmarkError(f"{name}: over before it was read twice; take more than {len(records)} events")
-    rate = (moving[-1][1] - moving[0][1]) / (moving[-1][0] - moving[0][0])
+        raise BenchmarkError(f"{name}: over before it was read twice; take more than {counted} events")
+    per_second = (moving[-1][1] - moving[0][1]) / (moving[-1][0] - moving[0][0])
     slates_sent = await worker.metric("millstream_slates_total") - before
     note = f"{len(records):,} events, {slates_sent:.0f} slates; {await _stages(worker)}"
-    figure = Figure(name, rate, "events/s", at_least=target, note=note, is_event_rate=True)
+    figure = Figure(name, per_second, "events/s", at_least=target, note=note, is_event_rate=True)
     await _finish(made, worker, figure, profile)
 
 
@@ -117,6 +124,7 @@ async def _take_in(
     records: Sequence[Keyed],
     kind: str,
     readings: list[tuple[float, float]] | None = None,
+    counted: int | None = None,
 ) -> str:
     """Write the backlog and return when the worker has acknowledged it; returns the profile, "" without one.
 
@@ -129,7 +137,7 @@ async def _take_in(
         await made.send(made.names.events, records)
         await asyncio.sleep(2 * SILENT_AGE_SECONDS)
         worker.start_profile()
-    await _until(worker, int(before) + len(records), kind, readings)
+    await _until(worker, int(before) + (counted or len(records)), kind, readings)
     return await worker.end_profile()
 
 
@@ -146,7 +154,7 @@ async def _until(worker: WorkerProcess, wanted: int, kind: str, readings: list[t
 async def _stages(worker: WorkerProcess) -> str:
     """Return where a micro-batch's time goes, by the worker's histograms since its start."""
     parts = []
-    for name in ("decode", "update", "rank", "send"):
+    for name in ("decode", "update", "features", "rank", "send"):
         seconds = await worker.metric("millstream_stage_seconds_sum", stage=name)
         batches = await worker.metric("millstream_stage_seconds_count", stage=name)
         if batches:
@@ -161,9 +169,13 @@ async def _finish(made: Stage, worker: WorkerProcess, figure: Figure, profile: s
     report = made.bench.report
     figure.note += f"; RSS {worker.rss_bytes() / 2**20:.0f} MiB"
     report.figures.append(figure)
-    rows = {r.key: len(r.value) for r in await made.records(made.names.user_table_changelog) if r.value}
-    mean = sum(rows.values()) / len(rows)
-    note = f"mean {mean:.0f} bytes of {len(rows):,} rows"
+    values = {r.key: r.value for r in await made.records(made.names.user_table_changelog) if r.value}
+    rows = {key: len(row_of(value) or b"") for key, value in values.items()}
+    beside = (sum(map(len, values.values())) - sum(rows.values())) / len(rows)
+    note = (
+        f"mean {sum(rows.values()) / len(rows):.0f} bytes of {len(rows):,} rows; for labels that are open, "
+        f"{beside:.0f} beside each"
+    )
     report.figures.append(
         Figure(f"user row after {figure.name}, longest", max(rows.values()), "bytes", at_most=ROW_BYTES, note=note)
     )
