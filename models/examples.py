@@ -199,6 +199,20 @@ def raw_slates(records: Sequence[FeaturesRecord]) -> RawSlates:
     return raw
 
 
+def state_fields(raw: RawSlates, slate: int) -> dict[str, Any]:
+    """Return the fields of a features record that hold raw state, of one slate: what ``raw_slates`` reads again.
+
+    The slate's items stand first among its places, as do the recent items among theirs.
+    """
+    k, recents = int(raw.valid[slate].sum()), int((raw.recent_items[slate] != 0).sum())
+    fields: dict[str, Any] = {
+        name: getattr(raw, name)[slate, :count].astype(kind).tobytes()
+        for parts, count in ((_ITEM_FIELDS, k), (_RECENT_FIELDS, recents))
+        for name, (kind, _) in parts.items()
+    }
+    return fields | {"user_counts": tuple(raw.user_counts[slate].tolist())}
+
+
 def _decode(decoder: msgspec.msgpack.Decoder[Any], value: bytes) -> Any:
     try:
         record = decoder.decode(value)
