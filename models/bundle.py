@@ -24,11 +24,13 @@ from safetensors import numpy as safetensors
 
 from models.atomic import make_folder, write_file
 from models.bootstrap import Space
+from models.catalogue import SpaceVectors
 from models.ctr import CtrConfig, CtrScorer
 from models.encoder_delta import EncoderDelta
 from models.errors import BundleError, EncoderError, ModelError, RecordError, RegistryError
 from models.examples import decode_features, raw_slates
-from models.features import FeatureConfig, encode, require_spec, spec_id
+from models.features import FeatureConfig, require_spec, spec_id
+from models.log_odds import learned_log_odds
 from models.manifest import (
     BOOTSTRAP_VERSION,
     CANARY,
@@ -204,32 +206,30 @@ class Bundle:
 def canary_log_odds(scorer: CtrScorer, features: FeatureConfig, space: Space, canary: Canary) -> F32:
     """Return the calibrated log-odds of every item of the canary's records, in their order, float32 [n].
 
-    Raises BundleError (``malformed``) for records that are none.
+    By the code that serves. Raises BundleError (``malformed``, ``canary``) for records that are none or that it cannot
+    score.
     """
     try:
         raw = raw_slates([decode_features(record) for record in canary.records])
     except RecordError as error:
         raise refusal("malformed", "canary", f"a record of its canary cannot be read: {error}") from None
     order = np.argsort(canary.items, kind="stable")
-    known, vectors = canary.items[order], space.item_vectors(canary.base, canary.items)[order]
-    # One more row, of zeros, for items without a text.
-    vectors = np.concatenate([vectors, np.zeros((1, space.dim), np.float32)])
+    known = canary.items[order]
+    vectors = SpaceVectors(space.dim)
+    found = space.item_vectors(canary.base, canary.items)[order]
+    vectors.set_many(np.arange(len(known)), found, np.zeros(len(known), np.uint64))
 
-    def places(hashes: Hashes) -> npt.NDArray[np.intp]:
-        at = np.minimum(np.searchsorted(known, hashes), max(len(known) - 1, 0))
-        return np.where(known[at] == hashes, at, len(known)) if len(known) else np.zeros(hashes.shape, np.intp)
+    def rows(hashes: Hashes) -> npt.NDArray[np.int32]:
+        at = np.searchsorted(known, hashes)
+        is_known = known[np.minimum(at, len(known) - 1)] == hashes if len(known) else np.zeros(hashes.shape, np.bool_)
+        return np.where(is_known, at, -1).astype(np.int32)
 
-    recents = vectors[places(raw.recent_items)]
-    logits = scorer.logits(
-        encode(raw, features),
-        vectors[places(raw.items)],
-        recents,
-        (raw.recent_codes != 0) & recents.any(axis=2),
-        raw.recent_age_seconds,
-        raw.recent_codes,
-    )
-    log_odds: F32 = np.asarray(scorer.log_odds(logits)[raw.valid], np.float32)
-    return log_odds
+    try:
+        log_odds = learned_log_odds(scorer, features, vectors, raw, rows(raw.items), rows(raw.recent_items))
+    except ModelError as error:
+        raise refusal("canary", "canary", f"its canary cannot be scored: {error}") from None
+    scored: F32 = log_odds[raw.valid]
+    return scored
 
 
 def save(folder: Path, contents: BundleContents, private_key: PrivateKey | None = None) -> Manifest:
