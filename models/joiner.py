@@ -401,7 +401,8 @@ def is_spent(block: bytes, clock_ms: int, context: JoinContext) -> bool:
     state = decode_block(block)
     over_ms = clock_ms - context.span_ms
     return all(i.is_final or i.time_ms < over_ms for i in state.impressions) and all(
-        action[0] < over_ms for action in _ACTION.iter_unpack(state.actions)
+        code & _MATCHED or time_ms + context.grace_ms < clock_ms
+        for time_ms, _, _, code in _ACTION.iter_unpack(state.actions)
     )
 
 

@@ -11,12 +11,13 @@ import struct
 from typing import Final
 
 from models.errors import RowError
-from models.user_row import ROW_BYTES, VERSION
+from models.user_row import ROW, ROW_BYTES, VERSION
 from models.user_row import guard_of as guard_of_row
 
 WITH_BLOCK: Final = 2
 """First byte of a value that holds a block behind its row."""
 _HEAD: Final = struct.Struct("<BH")
+_TIME_START: Final[int] = ROW.fields["last_time_ms"][1] if ROW.fields else 0
 
 
 def split_value(value: bytes | None) -> tuple[bytes | None, bytes]:
@@ -64,9 +65,19 @@ def row_of(value: bytes | None) -> bytes | None:
     return split_value(value)[0]
 
 
+def last_time_ms(value: bytes) -> int:
+    """Return the newest event time of a stored value's user, epoch milliseconds; 0 where there is none."""
+    return int.from_bytes(_head_of_row(value, _TIME_START + 8)[_TIME_START:], "little", signed=True)
+
+
 def guard_of(value: bytes) -> tuple[int, int]:
     """Return the guard of a stored value: log epoch and last offset seen, (0, -1) where there is none."""
+    return guard_of_row(_head_of_row(value, ROW_BYTES))
+
+
+def _head_of_row(value: bytes, most: int) -> bytes:
+    """Return the first ``most`` bytes of a value's row, or all that it has."""
     if not has_block(value) or len(value) < _HEAD.size:
-        return guard_of_row(value)
-    # A row ends where its zeros begin: what stands behind it must not be taken for its guard.
-    return guard_of_row(value[_HEAD.size : _HEAD.size + _HEAD.unpack_from(value)[1]])
+        return value[:most]
+    # A row ends where its zeros begin: what stands behind it must not be taken for a part of it.
+    return value[_HEAD.size : _HEAD.size + min(most, _HEAD.unpack_from(value)[1])]

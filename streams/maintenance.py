@@ -11,12 +11,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import structlog
 from aiokafka.errors import IllegalStateError, KafkaError
 from faust.exceptions import ConsumerNotStarted
 
-from models.errors import MillstreamError, RecordError
+from models.errors import MillstreamError, RecordError, RowError
 from models.user_row import ROW_BYTES, VERSION, decode_rows, encode_rows, is_idle, is_marker, markers
+from models.user_value import split_value
 from streams.exit_codes import ExitCode
 from streams.sender import Outbox
 
@@ -28,6 +30,9 @@ log = structlog.get_logger(__name__)
 
 REPAIR_SECONDS = 5.0
 EVICTION_SECONDS = 10.0
+LABELS_SECONDS = 0.25
+LABELS_USERS = 500
+"""Silent users whose labels are sent in one step: about 5 ms."""
 EVICTION_ROWS = 2_000
 """Rows looked at in one step: about 5 ms."""
 RECALL_SECONDS = 60.0
@@ -77,6 +82,7 @@ class Maintenance:
         self._worker = worker
         self._repaired_at = time.monotonic()
         self._evicted_at = time.monotonic()
+        self._labels_at = time.monotonic()
         self._recall_at = time.monotonic()
         self._recall_turn = 0
         self._scan: Iterator[tuple[int, bytes]] | None = None
@@ -86,9 +92,14 @@ class Maintenance:
 
     def see_times(self, accepted: Sequence[Decoded]) -> None:
         """Follow the newest event time and broker time: the clocks by which rows are idle."""
+        newest_ms: dict[int, int] = {}
         for decoded in accepted:
             self._event_ms = max(self._event_ms, decoded.time_ms)
             self._broker_ms = max(self._broker_ms, decoded.broker_ms)
+            newest_ms[decoded.partition] = max(newest_ms.get(decoded.partition, 0), decoded.time_ms)
+        now = time.monotonic()
+        for partition, time_ms in newest_ms.items():
+            self._worker.label_timer.see(partition, time_ms, now)
 
     def _idle_clock_ms(self) -> int:
         """Return the time against which idleness is measured; 0 before the first event: nothing is idle.
@@ -111,6 +122,12 @@ class Maintenance:
         if now - self._repaired_at > REPAIR_SECONDS:
             self._repaired_at = now
             await self._repair(outbox)
+        due = None
+        if now - self._labels_at > LABELS_SECONDS and worker.settings.examples.enabled:
+            self._labels_at = now
+            due = worker.label_timer.due(worker.rows.get, now, LABELS_USERS)
+            for label in due.labels:
+                outbox.add(worker.names.labels, label.partition, label.key, label.value)
         puts: list[tuple[int, bytes, bytes | None]] = []
         if now - self._evicted_at > EVICTION_SECONDS:
             if self._scan is None:
@@ -123,6 +140,9 @@ class Maintenance:
             for partition, key, value in puts:
                 if partition in worker.rows.partitions:
                     worker.rows.put(partition, key, value)
+        if due is not None:
+            worker.label_timer.done(due)
+            worker.label_metrics.count_timer(len(due.labels))
         if now - self._recall_at > RECALL_SECONDS:
             self._recall_at = now
             await self._check_recall()
@@ -155,7 +175,10 @@ class Maintenance:
                     yield partition, key
 
     def _evict(self, outbox: Outbox) -> list[tuple[int, bytes, bytes | None]]:
-        """Look at the next rows: an idle one becomes a marker, a marker older than the events topic goes."""
+        """Look at the next values: an idle row becomes a marker, a marker older than the events topic goes.
+
+        Open impressions behind a row go when nothing can change their labels any more; until then the row is not idle.
+        """
         worker = self._worker
         assert self._scan is not None
         owned = worker.rows.partitions
@@ -163,28 +186,56 @@ class Maintenance:
         if not keys:
             self._scan = None
             return []
-        held = [(p, k, worker.rows.get(p, k)) for p, k in keys]
-        # A row of another version is left to the event that touches it: one dead letter there, a dead worker here.
-        kept = [(p, k, v) for p, k, v in held if v is not None and v[:1] == bytes([VERSION]) and len(v) <= ROW_BYTES]
+        kept, is_open, puts = self._readable(keys)
         keys = [(p, k) for p, k, _ in kept]
-        rows = decode_rows([v for _, _, v in kept])
+        rows = decode_rows([row for _, _, row in kept])
         settings = worker.settings
         now_ms = self._idle_clock_ms()
-        idle = is_idle(rows, now_ms, settings.worker.idle_eviction_days)
+        idle = is_idle(rows, now_ms, settings.worker.idle_eviction_days) & ~np.array(is_open, np.bool_)
         marked = is_marker(rows)
         # A marker holds the guard for as long as an old event could still be read, and a day more.
         gone = marked & is_idle(
             rows, now_ms, settings.worker.idle_eviction_days + settings.topics.events_retention_hours / 24 + 1
         )
-        puts: list[tuple[int, bytes, bytes | None]] = []
+        stripped = len(puts)
         fresh = (idle & ~marked).nonzero()[0].tolist()
         for place, marker in zip(fresh, encode_rows(markers(rows[fresh])), strict=True):
             puts.append((*keys[place], marker))
         puts += [(*keys[place], None) for place in gone.nonzero()[0].tolist()]
-        for partition, key, value in puts:
+        # A user may be in it twice: the later record is the one that lasts.
+        for number, (partition, key, value) in enumerate(puts):
             worker.rows.stage(outbox, partition, key, value)
+            if number < stripped:
+                worker.label_timer.forget(partition, [key])
+                continue
             worker.metrics.evicted_rows.labels("marker" if value is None else "row").inc()
         return puts
+
+    def _readable(
+        self, keys: Sequence[tuple[int, bytes]]
+    ) -> tuple[list[tuple[int, bytes, bytes]], list[bool], list[tuple[int, bytes, bytes | None]]]:
+        """Return the rows of ``keys``, whether impressions stay open behind each, and values without a spent block.
+
+        A value that cannot be read is left out: the event that touches it makes one dead letter, here it would be a
+        dead worker.
+        """
+        worker, now = self._worker, time.monotonic()
+        kept: list[tuple[int, bytes, bytes]] = []
+        is_open: list[bool] = []
+        puts: list[tuple[int, bytes, bytes | None]] = []
+        for partition, key in keys:
+            try:
+                row, block = split_value(worker.rows.get(partition, key))
+            except RowError:
+                continue
+            if row is None or row[0] != VERSION or len(row) > ROW_BYTES:
+                continue
+            spent = bool(block) and worker.label_timer.may_strip(partition, key, block, now)
+            if spent:
+                puts.append((partition, key, row))
+            kept.append((partition, key, row))
+            is_open.append(bool(block) and not spent)
+        return kept, is_open, puts
 
     async def _check_recall(self) -> None:
         worker = self._worker
@@ -243,6 +294,7 @@ class Maintenance:
             metrics.counter_refused.set(worker.item_stats.refused_records)
             metrics.index_items.set(len(worker.model.vector_index))
             metrics.catalogue_items.set(len(worker.catalogue))
+            worker.label_metrics.waiting_users.set(worker.label_timer.waiting_users)
             worker.model_metrics.set_age(worker.model.live, time.time_ns() // 1_000_000)
             for mirror in worker.mirrors:
                 metrics.mirror_lag.labels(mirror.topic).set(mirror.lag)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import time
 from typing import TYPE_CHECKING
 
 import structlog
@@ -65,6 +66,7 @@ class Ownership:
         stale = await worker.rows.keep_current(partitions)
         gained = partitions - worker.rows.partitions
         worker.profiles.keep_only(partitions)
+        worker.label_timer.keep_only(partitions - gained)
         worker.users_mirror.assign(partitions)
         # Counters are taken over last and apart: a rebalance in the middle leaves rows that are whole and counters
         # that are not.
@@ -74,6 +76,7 @@ class Ownership:
         if self._is_over(generation):
             return
         worker.metrics.recovered.inc(await worker.rows.recover(gained))
+        await worker.state.run(self._begin_labels, gained)
         await self._gate()
         if self._is_over(generation):
             return
@@ -85,6 +88,11 @@ class Ownership:
         gc.freeze()
         worker.become_ready()
         log.info("ready", partitions=sorted(partitions), rows=sum(len(worker.rows.rows_of(p)) for p in partitions))
+
+    def _begin_labels(self, partitions: set[int]) -> None:
+        worker = self._worker
+        for partition in partitions & worker.rows.partitions:
+            worker.label_timer.take_over(partition, worker.rows.rows_of(partition), time.monotonic())
 
     async def _gate(self) -> None:
         """Wait until every mirror has passed the end offsets that stood when it started."""

@@ -26,9 +26,11 @@ from models.serving import ServingModel
 from models.user_events import surface_names
 from models.user_row import Rows, decode_rows, encode_rows
 from models.user_state import Outcome, apply, user_event
+from models.user_value import row_of, split_value
 from streams.decode import Decoded, Message, decode
 from streams.examples import FeaturesWriter, SentFeatures, Shown
 from streams.item_stats import count
+from streams.labels import Closings, LabelsWriter
 from streams.metrics import Metrics
 from streams.settings import Settings
 
@@ -75,6 +77,7 @@ class Prepared:
     """What a micro-batch decided. Nothing of it is in the table yet."""
 
     rows: dict[RowKey, bytes] = field(default_factory=dict)
+    """The table's new values: rows, and behind them what stays open of impressions."""
     slates: list[SentSlate] = field(default_factory=list)
     refused: list[Refused] = field(default_factory=list)
     outcomes: list[tuple[str, str]] = field(default_factory=list)
@@ -88,6 +91,8 @@ class Prepared:
     shown: Shown = field(default_factory=Shown)
     """Impressions, with their rows before them."""
     features: list[SentFeatures] = field(default_factory=list)
+    closings: Closings = field(default_factory=Closings)
+    """Labels, and when the next ones are due."""
 
 
 RowReader = Callable[[int, bytes], bytes | None]
@@ -158,6 +163,7 @@ class Pipeline:
         recommender.on_stage = self._on_stage
         # The first is that of events which name none.
         self._surfaces = surface_names(default, settings.recommender.surfaces, settings.user_state)
+        self.labels = LabelsWriter(settings, epoch, self._surfaces)
 
     def use(self, live: ServingModel, shadows: Sequence[ServingModel]) -> None:
         """Serve with ``live`` from the next batch on; between two batches, in the state thread."""
@@ -217,7 +223,7 @@ class Pipeline:
         if not span:
             return
         try:
-            rows, outcomes, before, impressions = self._new_rows(span, read_row, prepared.rows)
+            rows, outcomes, before, impressions, closings = self._new_rows(span, read_row, prepared.rows)
         except Exception as error:
             if len(span) > 1:
                 middle = len(span) // 2
@@ -232,6 +238,7 @@ class Pipeline:
             )
             return
         prepared.rows.update(rows)
+        prepared.closings.add(closings)
         prepared.shown.add(span, outcomes, before, impressions)
         for decoded, outcome in zip(span, outcomes, strict=True):
             kind = Outcome(outcome)
@@ -242,18 +249,24 @@ class Pipeline:
 
     def _new_rows(
         self, span: Sequence[Decoded], read_row: RowReader, overlay: Mapping[RowKey, bytes]
-    ) -> tuple[dict[RowKey, bytes], npt.NDArray[np.int8], Rows, npt.NDArray[np.intp]]:
-        """Return the rows after ``span``, what each event did, the rows before its impressions, and their places."""
+    ) -> tuple[dict[RowKey, bytes], npt.NDArray[np.int8], Rows, npt.NDArray[np.intp], Closings]:
+        """Return values after ``span``, what each event did, rows before its impressions, their places, and labels.
+
+        Raises RowError for a value that cannot be read.
+        """
         places: dict[RowKey, int] = {}
-        values: list[bytes | None] = []
+        held_rows: list[bytes | None] = []
+        blocks: list[bytes] = []
         events = []
         for decoded in span:
             row_key = (decoded.partition, decoded.key)
             place = places.get(row_key)
             if place is None:
-                place = places[row_key] = len(values)
+                place = places[row_key] = len(blocks)
                 held = overlay.get(row_key)
-                values.append(held if held is not None else read_row(*row_key))
+                row, block = split_value(held if held is not None else read_row(*row_key))
+                held_rows.append(row)
+                blocks.append(block)
             events.append(
                 user_event(
                     decoded.event,
@@ -264,8 +277,9 @@ class Pipeline:
                     self._surfaces,
                 )
             )
+        old = decode_rows(held_rows)
         rows, outcomes, before, impressions = apply(
-            decode_rows(values),
+            old,
             events,
             self._catalogue,
             self._settings.user_state,
@@ -276,7 +290,10 @@ class Pipeline:
             carry=self._carry,
             keep_before=True,
         )
-        return dict(zip(places, encode_rows(rows), strict=True)), outcomes, before, impressions
+        values, closings = self.labels.values(
+            list(places), encode_rows(rows), blocks, old["last_time_ms"].tolist(), events, outcomes.tolist(), overlay
+        )
+        return values, outcomes, before, impressions, closings
 
     def _slates(
         self,
@@ -301,7 +318,7 @@ class Pipeline:
             row_key = (decoded.partition, decoded.key)
             if row_key not in places:
                 places[row_key] = len(values)
-                values.append(prepared.rows[row_key])
+                values.append(row_of(prepared.rows[row_key]))
             event = decoded.event
             profile = texts.get(read_profile(decoded.partition, event.user_id))
             if isinstance(event, Request):

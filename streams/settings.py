@@ -20,6 +20,7 @@ from models.encoder import EncoderConfig
 from models.errors import SettingsError
 from models.events import ClockPolicy
 from models.exploration import ExplorationConfig
+from models.joiner import JoinerConfig
 from models.recommender import RecommenderConfig
 from models.registry import RegistryConfig
 from models.retrieval import RetrievalConfig
@@ -111,9 +112,9 @@ class EventSettings(_Section):
 
 
 class ExamplesSettings(_Section):
-    """What is written of each impression for the trainer."""
+    """What is written of each impression for the trainer, and of what came of it."""
 
-    enabled: bool = Field(True, description="Write a record to the topic features for each impression.")
+    enabled: bool = Field(True, description="Write records to the topics features and labels for each impression.")
     max_lag_seconds: float = Field(
         60.0,
         gt=0,
@@ -206,6 +207,7 @@ class Settings(BaseSettings):
     topics: TopicSettings = Field(default_factory=TopicSettings)
     events: EventSettings = Field(default_factory=EventSettings)
     examples: ExamplesSettings = Field(default_factory=ExamplesSettings)
+    joiner: JoinerConfig = Field(default_factory=JoinerConfig)
     worker: WorkerSettings = Field(default_factory=WorkerSettings)
     user_state: UserStateConfig = Field(default_factory=UserStateConfig)
     counters: CountersConfig = Field(default_factory=CountersConfig)

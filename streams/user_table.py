@@ -20,7 +20,7 @@ from faust.stores.base import Store
 from faust.types import TP
 
 from models.errors import FencedError
-from models.user_row import guard_of
+from models.user_value import guard_of
 from streams.kafka_clients import new_consumer
 from streams.sender import Delivered, Outbox
 from streams.settings import Settings

@@ -19,8 +19,9 @@ from models.hashing import hash64, recommendation_id
 from models.item_index import ItemIndex
 from models.retrieval import RetrievalConfig, VectorIndex
 from models.user_batch import read_vectors
-from models.user_row import ROW, decode_rows, empty_rows, guard_of
+from models.user_row import ROW, decode_rows, empty_rows
 from models.user_state import Outcome, apply, user_event
+from models.user_value import guard_of, row_of
 from streams.catalogue_mirror import CatalogueState
 from streams.dead_letters import Letter
 from streams.decode import decode
@@ -176,7 +177,7 @@ def row_differences(
     found = [f"{key}: no row" for key in want.keys() - have.keys()]
     found += [f"{key}: a row that the log does not make" for key in have.keys() - want.keys()]
     for key in sorted(want.keys() & have.keys()):
-        expected_row, row = want[key], decode_rows([have[key]])
+        expected_row, row = want[key], decode_rows([row_of(have[key])])
         for name in ROW.names or ():
             if name in ("norms", "vectors") or name in apart_from:
                 continue
@@ -300,7 +301,7 @@ async def look(world: World, worker: WorkerProcess, *, refuse: Places = NOWHERE)
     return Scene(
         letters=await world.letters(),
         differences=found,
-        rows={key: decode_rows([row]) for (_, key), row in rows.items()},
+        rows={key: decode_rows([row_of(row)]) for (_, key), row in rows.items()},
         slates=await world.slates(),
         metrics={
             "dead_letters": await worker.metric("millstream_dead_letters_total", topic="events"),

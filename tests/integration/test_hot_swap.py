@@ -18,6 +18,7 @@ from models.manifest import BOOTSTRAP_VERSION
 from models.pointer import Pointer
 from models.signing import PrivateKey
 from models.user_row import decode_rows
+from models.user_value import row_of
 from tests.integration.announcer import Announcer, bundle_contents, ctr_of, damage
 from tests.integration.conftest import SettingsWith, wait_until
 from tests.integration.oracle import GENERATION, SPACE, assert_exact, changelog_rows
@@ -253,13 +254,13 @@ async def test_a_worker_that_lags_behind_serves_the_rows_of_a_newer_space_but_do
 
 
 def space_of(row: bytes) -> tuple[int, int]:
-    decoded = decode_rows([row])
+    decoded = decode_rows([row_of(row)])
     return int(decoded["space_id"][0]), int(decoded["generation"][0])
 
 
 def vectors_of(row: bytes) -> bytes:
     """Return the directions of a row's vectors: time makes them shorter in whatever space."""
-    return bytes(decode_rows([row])["vectors"].tobytes())
+    return bytes(decode_rows([row_of(row)])["vectors"].tobytes())
 
 
 def remove_cache(on: World) -> None:

@@ -357,7 +357,7 @@ def test_the_users_own_log_says_the_same_as_the_timer_did() -> None:
 def test_a_block_is_spent_when_its_last_impression_is_past_the_grace() -> None:
     topic = Topic()
     topic.take([show([1], 0, offset=0), show([2], 50, offset=1), act(2, 60, offset=2)])
-    last_ms = START_MS + (60 + WINDOW + GRACE) * 1_000
+    last_ms = START_MS + (50 + WINDOW + GRACE) * 1_000
     assert [is_spent(topic.block, last_ms + extra, CONTEXT) for extra in (0, 1)] == [False, True]
 
 

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from models.errors import RowError
 from models.user_row import empty_rows, encode_rows
-from models.user_value import guard_of, has_block, join_value, row_of, split_value
+from models.user_value import guard_of, has_block, join_value, last_time_ms, row_of, split_value
 
 
 def row(epoch: int, offset: int) -> bytes:
@@ -38,6 +38,14 @@ def test_the_guard_of_a_value_is_that_of_its_row() -> None:
     assert guard_of(row(3, 70)) == (3, 70)
     assert guard_of(join_value(row(2**64 - 1, 2**40), b"block")) == (2**64 - 1, 2**40)
     assert guard_of(b"") == (0, -1)
+
+
+def test_the_newest_event_time_is_read_without_the_rest() -> None:
+    rows = empty_rows(1)
+    rows["version"], rows["last_time_ms"] = 1, 1_700_000_000_123
+    value = encode_rows(rows)[0]
+    assert last_time_ms(value) == last_time_ms(join_value(value, b"block")) == 1_700_000_000_123
+    assert last_time_ms(b"") == 0
 
 
 def test_no_value_is_a_user_without_a_row() -> None:

@@ -23,6 +23,7 @@ from models.retrieval import VectorIndex
 from models.serving import ServingModel
 from models.user_row import decode_rows
 from models.user_state import UserReader
+from models.user_value import row_of
 from streams.decode import Decoded
 from streams.metrics import Metrics
 from streams.pipeline import Pipeline, Prepared, TextVectors
@@ -305,7 +306,7 @@ def test_serving_and_training_see_the_same_features_to_the_bit() -> None:
         bench.prepare(bench.at(shown(items, f"s{n}", user, event_time=at_ms)))
         bench.prepare(bench.at(click(items[0], f"c{n}", user, at_ms)))
     time_ms = NOW_MS + 61_234
-    rows = decode_rows([bench.rows[(0, b"u")]])
+    rows = decode_rows([row_of(bench.rows[(0, b"u")])])
     candidates = np.array([bench.index.rows([f"i{digit}" for digit in "4082"] + [""] * 196)], np.int32)
     asked = raw_from_state(
         rows,
