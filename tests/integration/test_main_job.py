@@ -119,6 +119,8 @@ def running(kafka: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Se
         {
             "kafka": {"bootstrap_servers": kafka},
             "topics": {"prefix": name, "partitions": 4},
+            # Who is randomised changes with the week.
+            "exploration": {"randomised_share": 0.0},
             "worker": {"group": name, "port": free_ports(1)[0], "data_folder": folder / "data", "log_format": "json"},
         }
     )
