@@ -116,8 +116,8 @@ class ModelWatch:
         self._registry = Registry(settings.models)
         self._guard: PointerGuard | None = None
         self._unread: list[Record] = []
-        self._newest_read: dict[bytes | None, Record] = {}
-        """What was the newest record of each key when the topic was read for the first time."""
+        self._newest_at_start: dict[bytes | None, int] = {}
+        """Offset of the newest record of each key when the topic was read for the first time."""
         self._news = asyncio.Event()
         self._started_at = time.monotonic()
         self._preparing_encoder: str | None = None
@@ -150,10 +150,8 @@ class ModelWatch:
                 self._unread = [*unread[place:], *self._unread]
                 return
             except BundleError as error:
-                is_history = (
-                    error.reason == "old-generation" and self._newest_read.get(record.key, record) is not record
-                )
-                if not is_history:
+                is_history = record.offset < self._newest_at_start.get(record.key, 0)
+                if not (is_history and error.reason == "old-generation"):
                     self._refuse(*_named(record), error)
                 continue
             if pointer is not None and self._state.wanted.get(pointer.role) != pointer:
@@ -184,7 +182,7 @@ class ModelWatch:
         await self._catalogue_mirror.caught_up()
         self._started_at = time.monotonic()
         # Older values of a key stand on the topic until it is compacted: an announcement anew is the last one only.
-        self._newest_read = {record.key: record for record in self._unread}
+        self._newest_at_start = {record.key: record.offset for record in self._unread}
         while True:
             self._news.clear()
             if self._unread:
