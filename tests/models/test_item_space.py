@@ -56,7 +56,7 @@ def test_residual_moves_the_vector_of_its_item_alone() -> None:
 
 def test_item_without_an_encoding_has_no_vector_whatever_its_residual() -> None:
     residual = space(residual_items=np.array([hash64("a")], np.uint64), residuals=np.ones((1, 4), np.float32))
-    assert not residual.item_vectors(np.zeros((1, 4)), np.array([hash64("a")], np.uint64)).any()
+    assert not residual.item_vectors(np.zeros((1, 4), np.float32), np.array([hash64("a")], np.uint64)).any()
 
 
 def test_residuals_of_another_size_are_refused() -> None:
