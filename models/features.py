@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
-from typing import Annotated, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -36,8 +36,10 @@ Z_LIMIT: Final = 6.0
 SIM_SCALE: Final = 8.0
 """Scale of similarities before they are exponentiated into shares, as in a softmax over the slate."""
 DAY_MS: Final = 86_400_000
-_COLUMN_BITS: Final = 16
-"""Room for the place in the slate beside a value, in one sortable number."""
+MAX_COMPARED: Final = 16.0
+"""What is compared within a slate lies within ± this."""
+_VALUE_BITS: Final = 18
+"""Bits of a compared value in steps of 1 / GRID, its sign included."""
 
 HALF_LIFE_NAMES: Final = ("first", "second", "third", "fourth")
 RELATIVE_KINDS: Final = ("rank", "share", "z")
@@ -190,9 +192,7 @@ def encode(raw: RawSlates, config: FeatureConfig) -> F32:
         _counts(planes, raw, config)
         given = _item_facts(planes, raw)
         _user_facts(planes, raw)
-        compared = np.broadcast_to(raw.valid, (_PLANES, slates, items)).copy()
-        compared[_AT["age"]] &= given
-        _relative(planes, compared)
+        _relative(planes, given, raw.valid)
         planes *= raw.valid
     return np.ascontiguousarray(planes.transpose(1, 2, 0))
 
@@ -239,30 +239,40 @@ def _user_facts(planes: F32, raw: RawSlates) -> None:
         planes[_AT[f"{name}_cos"]] = np.cos(angle)[:, None]
 
 
-def _relative(planes: F32, compared: Bools) -> None:
-    """Fill rank, share and z-score within the slate of the compared planes, where ``compared`` [P, S, C]."""
-    steps = np.rint(planes[:_PLANES] * np.float32(GRID)).astype(np.float64)
-    steps *= compared
+def _relative(planes: F32, given: Bools, valid: Bools) -> None:
+    """Fill rank, share and z-score within the slate of the compared planes; of age among the items ``given`` it."""
+    np.clip(planes[:_PLANES], -MAX_COMPARED, MAX_COMPARED, out=planes[:_PLANES])
+    compared = np.broadcast_to(valid, planes[:_PLANES].shape).copy()
+    compared[_AT["age"]] &= given
     n = compared.sum(axis=2, keepdims=True)
     present = np.maximum(n, 1)
     first = _AT[f"{COMPARED[0]}_{RELATIVE_KINDS[0]}"]
     ranks, shares, zs = (planes[first + i * _PLANES : first + (i + 1) * _PLANES] for i in range(3))
 
-    ranks[:] = _below(steps, compared) / np.maximum(n - 1, 1)
+    steps = np.rint(planes[:_PLANES] * np.float32(GRID)).astype(np.float64)
+    steps *= compared
+    np.divide(_below(steps, compared), np.maximum(n - 1, 1), out=ranks, casting="same_kind")
 
-    positive = _positive(planes[:_PLANES])
-    amounts = np.rint(positive * GRID)
+    amounts = _positive(planes[:_PLANES])
+    amounts *= GRID
+    np.rint(amounts, out=amounts)
     amounts *= compared
     mean = amounts.sum(axis=2, keepdims=True) / present
     # Nothing anywhere in the slate: every item is as good as the mean.
-    shares[:] = np.where(mean > 0, amounts / np.maximum(amounts + mean, 1e-9), 0.5)
+    nothing = mean <= 0
+    amounts += nothing
+    mean += nothing
+    np.divide(amounts, amounts + mean, out=shares, casting="same_kind")
 
-    mean = steps.sum(axis=2, keepdims=True) / present
-    off = (steps - mean) * compared
-    spread = np.sqrt(np.rint(off * off).sum(axis=2, keepdims=True) / present)
+    steps -= steps.sum(axis=2, keepdims=True) / present
+    steps *= compared
+    squares = steps * steps
+    spread = np.sqrt(np.rint(squares, out=squares).sum(axis=2, keepdims=True) / present)
     # A spread of less than a step is rounding.
-    zs[:] = np.clip(np.where(spread >= 1, off / np.maximum(spread, 1), 0), -Z_LIMIT, Z_LIMIT)
-    planes[first:] *= np.concatenate([compared] * len(RELATIVE_KINDS))
+    steps *= np.where(spread >= 1, 1 / np.maximum(spread, 1), 0)
+    np.clip(steps, -Z_LIMIT, Z_LIMIT, out=zs, casting="same_kind")
+    for relative in (ranks, shares, zs):
+        relative[_AT["age"]] *= given
 
 
 def _positive(values: F32) -> F64:
@@ -276,18 +286,22 @@ def _positive(values: F32) -> F64:
     return amounts
 
 
-def _below(steps: F64, compared: Bools) -> npt.NDArray[np.int64]:
-    """Return for each compared value how many compared ones of its slate are below it, int64 [P, S, C]."""
+def _below(steps: F64, compared: Bools) -> npt.NDArray[Any]:
+    """Return for each compared value how many compared ones of its slate are below it, int [P, S, C]."""
     width = steps.shape[2]
-    keys = steps.astype(np.int64) << _COLUMN_BITS
-    keys[~compared] = np.int64(1) << 62
-    keys |= np.arange(width)
+    # Value and place in one number: sorting those is several times as fast as an argsort, the narrow ones most so.
+    bits = width.bit_length()
+    whole: type[np.signedinteger[Any]] = np.int32 if _VALUE_BITS + bits < 31 else np.int64
+    keys = steps.astype(whole) << whole(bits)
+    keys[~compared] = np.iinfo(whole).max >> bits << bits
+    keys |= np.arange(width, dtype=whole)
     keys.sort(axis=2)
-    places = keys & ((1 << _COLUMN_BITS) - 1)
-    keys >>= _COLUMN_BITS
-    starts = np.zeros(keys.shape, np.int64)
-    starts[..., 1:] = np.where(keys[..., 1:] != keys[..., :-1], np.arange(1, width), 0)
+    places = keys & whole((1 << bits) - 1)
+    keys >>= whole(bits)
+    starts = np.zeros(keys.shape, whole)
+    np.multiply(keys[..., 1:] != keys[..., :-1], np.arange(1, width, dtype=whole), out=starts[..., 1:])
     np.maximum.accumulate(starts, axis=2, out=starts)
     below = np.empty_like(starts)
-    np.put_along_axis(below, places, starts, axis=2)
+    slates = np.arange(steps.shape[0] * steps.shape[1]).reshape(*steps.shape[:2], 1)
+    below.reshape(-1)[slates * width + places] = starts
     return below
