@@ -17,7 +17,7 @@ import structlog
 from prometheus_client import start_http_server
 
 from models.encoder import EncoderConfig
-from models.errors import MillstreamError, SettingsError, TrainingError
+from models.errors import MillstreamError, SettingsError
 from models.registry import Registry, RegistryConfig
 from trainer.announce import Announcer
 from trainer.connection import Connection
@@ -31,8 +31,6 @@ from trainer.window import Stopped, WindowReader
 log = structlog.get_logger(__name__)
 
 LOCK_FILE: Final = "lock"
-NOT_YET: Final = frozenset({"window-too-small"})
-"""Reasons for which a round does nothing, and nothing is wrong."""
 
 
 def run(
@@ -46,8 +44,9 @@ def run(
 ) -> int:
     """Make rounds until SIGTERM or SIGINT, or one round; return the exit status.
 
-    ``say`` takes a line for people for each thing that a round did. With ``once`` an error of the round is raised;
-    otherwise it is logged and the next round goes on. Raises SettingsError where another trainer holds the folder.
+    ``say`` takes a line for people for each thing that a round did. With ``once`` the status is 1 where something
+    looks wrong, and an error of the round is raised; otherwise it is logged and the next round goes on. Raises
+    SettingsError where another trainer holds the folder.
     """
     stop = threading.Event()
     with ExitStack() as stack:
@@ -61,7 +60,9 @@ def run(
         round_ = new_round(config, models, encoder, connection, runner, metrics, show, stop)
         try:
             if once:
-                return _once(round_, metrics, say)
+                result = _timed(round_, metrics)
+                _tell(result, say)
+                return 1 if result.failed else 0
             _for_ever(round_, config, metrics, stop, say)
         except Stopped:
             log.info("trainer_stopped", done="what was done so far stands; the next start goes on from there")
@@ -116,16 +117,6 @@ def new_round(
     return Round(config, names, ports)
 
 
-def _once(round_: Round, metrics: TrainerMetrics, say: Callable[[str], None]) -> int:
-    try:
-        _tell(_timed(round_, metrics), say)
-    except TrainingError as error:
-        if error.reason not in NOT_YET:
-            raise
-        say(str(error))
-    return 0
-
-
 def _for_ever(
     round_: Round, config: TrainerConfig, metrics: TrainerMetrics, stop: threading.Event, say: Callable[[str], None]
 ) -> None:
@@ -134,10 +125,8 @@ def _for_ever(
         try:
             _tell(_timed(round_, metrics), say)
         except (MillstreamError, OSError) as error:
-            # Refused, or something outside is gone: nothing was announced, the next round begins from what stands.
-            reason = getattr(error, "reason", type(error).__name__)
-            level = log.info if reason in NOT_YET else log.error
-            level("round_ended", reason=reason, error=str(error))
+            # Something outside is gone, or the disk is full: the next round begins from what stands.
+            log.error("round_failed", reason=getattr(error, "reason", type(error).__name__), error=str(error))
         _wait(round_, config, started, stop)
 
 

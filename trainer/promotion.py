@@ -63,7 +63,7 @@ class GateConfig(BaseModel):
     )
     positive_rate_rounds: int = Field(12, ge=LEAST_HISTORY, description="Rounds whose positive rates are kept.")
     max_auc_fall: float = Field(
-        0.01,
+        0.02,
         ge=0,
         description="A trained model whose AUC on its own held-back slice is lower than that of the bundle it started "
         "from by more than this is not announced.",

@@ -49,6 +49,8 @@ HOUR_MS: Final = 3_600_000
 PATIENCE: Final = 4
 """A slice of so many times the least size, still without shadow scores enough, is judged without waiting longer."""
 POLL_SECONDS: Final = 0.5
+NOT_YET: Final = frozenset({"window-too-small"})
+"""Reasons for which nothing was trained, and nothing is wrong."""
 
 
 class Source(Protocol):
@@ -146,6 +148,8 @@ class RoundResult:
     """What a round did, in order: (outcome, sentence)."""
 
     done: list[tuple[str, str]] = field(default_factory=list)
+    failed: bool = False
+    """Whether something looks wrong: labels, or what training made. What was done besides stands."""
 
     def add(self, outcome: str, sentence: str) -> None:
         """Note a step's outcome, and log it."""
@@ -195,7 +199,11 @@ class Round:
         save_state(self._config.data_folder, self._state)
         self._go_on()
         if not is_waiting:
-            self._train(examples, ranges, items, result)
+            try:
+                self._train(examples, ranges, items, result)
+            except TrainingError as error:
+                result.failed = error.reason not in NOT_YET
+                result.add(error.reason, error.detail)
         self._show_roles()
         ports.spool.delete_before(ports.now_ms() - round(self._config.spool_days * 24 * HOUR_MS))
         return result
