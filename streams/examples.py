@@ -17,7 +17,7 @@ import structlog
 from models.catalogue import Catalogue
 from models.counters import ItemCounters
 from models.events import ImpressedItem, Impression
-from models.examples import EXTERNAL, LAGGED, MODEL, RANDOMISED, REPLAYED, FeaturesRecord, encode
+from models.examples import EXTERNAL, LAGGED, MODEL, RANDOMISED, REPLAYED, FeaturesRecord, encode, state_fields
 from models.features import RawSlates
 from models.hashing import hash64, impression_id
 from models.live_features import IndexedVectors, raw_from_state, sims_of
@@ -154,13 +154,12 @@ class FeaturesWriter:
         limit_ms = self._settings.examples.max_lag_seconds * 1000
         lagged = [now_ms - slate.event.broker_ms > limit_ms for slate in slates]
         self._metrics.features_lagged.inc(sum(lagged))
-        held = (raw.recent_items != 0).sum(axis=1)
         return [
             encode(
                 self._record(
                     slate,
-                    raw.take(slice(i, i + 1)),
-                    int(held[i]),
+                    raw,
+                    i,
                     [(version, values[i, : len(slate.hashes)].astype("<f4").tobytes()) for version, values in scores],
                     now_ms,
                     LAGGED if lagged[i] else 0,
@@ -173,16 +172,14 @@ class FeaturesWriter:
         self,
         slate: _Slate,
         raw: RawSlates,
-        recents: int,
+        place: int,
         scores: list[tuple[str, bytes]],
         now_ms: int,
         flags: int,
     ) -> FeaturesRecord:
         event, impression, live = slate.event, slate.impression, self._models[0][0]
-        k = len(slate.hashes)
         propensities = [item.propensity for item in slate.items]
         given = any(p is not None for p in propensities)
-        impressions, clicks, actions = raw.user_counts[0].tolist()
         return FeaturesRecord(
             impression_id=impression_id(self._epoch, event.partition, event.offset),
             user_id=impression.user_id,
@@ -199,22 +196,12 @@ class FeaturesWriter:
             session_id=impression.session_id,
             context=impression.context,
             space_id=live.space_id,
-            items=raw.items[0, :k].astype("<u8").tobytes(),
-            positions=raw.positions[0, :k].astype("<u2").tobytes(),
             propensities=np.array([np.nan if p is None else p for p in propensities], "<f4").tobytes()
             if given
             else b"",
-            counters=raw.counters[0, :k].astype("<f2").tobytes(),
-            age_seconds=raw.age_seconds[0, :k].astype("<f4").tobytes(),
-            sims=raw.sims[0, :k].astype("<f2").tobytes(),
-            shown_counts=raw.shown_counts[0, :k].tobytes(),
-            shown_age_seconds=raw.shown_age_seconds[0, :k].astype("<f4").tobytes(),
-            recent_items=raw.recent_items[0, :recents].astype("<u8").tobytes(),
-            recent_age_seconds=raw.recent_age_seconds[0, :recents].astype("<f4").tobytes(),
-            recent_codes=raw.recent_codes[0, :recents].tobytes(),
-            user_counts=(impressions, clicks, actions),
             scores=scores,
             model_version=live.version,
+            **state_fields(raw, place),
         )
 
     def _scores(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -12,18 +12,16 @@ import pytest
 from models.bootstrap import Space
 from models.catalogue import Catalogue, SpaceVectors
 from models.counters import ItemCounters
-from models.events import Action, Event, ImpressedItem, Impression, Item
+from models.ctr import CtrScorer
+from models.events import Action, Event, ImpressedItem, Impression, Item, Request
 from models.examples import LAGGED, REPLAYED, FeaturesRecord, decode_features, raw_slates
-from models.features import FeatureConfig, RawSlates, encode
+from models.features import COLUMNS, FeatureConfig, RawSlates, encode
 from models.hashing import hash64, impression_id
 from models.item_index import ItemIndex
-from models.live_features import IndexedVectors, raw_from_state
+from models.live_features import raw_from_state
 from models.recommender import Recommender
 from models.retrieval import VectorIndex
 from models.serving import ServingModel
-from models.user_row import decode_rows
-from models.user_state import UserReader
-from models.user_value import row_of
 from streams.decode import Decoded
 from streams.metrics import Metrics
 from streams.pipeline import Pipeline, Prepared, TextVectors
@@ -63,6 +61,20 @@ class Broken:
 
     def logits(self, *_: Any) -> npt.NDArray[np.float32]:
         raise RuntimeError("broken")
+
+
+@dataclass
+class Recorder:
+    """A scorer that keeps the features that it is given."""
+
+    seen: list[npt.NDArray[np.float32]] = field(default_factory=list)
+
+    def logits(self, x: npt.NDArray[np.float32], *_: Any) -> npt.NDArray[np.float32]:
+        self.seen.append(x)
+        return np.zeros(x.shape[:2], np.float32)
+
+    def log_odds(self, logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        return logits
 
 
 @dataclass
@@ -122,11 +134,6 @@ class Bench:
     def records(self, *events: Decoded) -> list[FeaturesRecord]:
         """Process one batch and return its features records."""
         return [decode_features(sent.value) for sent in self.prepare(*events).features]
-
-    def reader(self) -> UserReader:
-        """Return what the live model reads rows with."""
-        source = IndexedVectors(self.index, self.live.vectors)
-        return UserReader(self.settings.user_state, source, self.live.space_hash)
 
 
 def shown(items: str, event_id: str = "e", user: str = "u", **more: Any) -> Impression:
@@ -260,9 +267,8 @@ def test_live_and_shadow_models_say_what_they_would_have_said() -> None:
 
 def test_a_shadow_model_that_fails_costs_its_scores_and_nothing_else() -> None:
     bench = Bench()
-    broken: Any = model("v2", "other space", bench.index)
-    object.__setattr__(broken, "scorer", Broken())
-    object.__setattr__(broken, "features", FeatureConfig())
+    other = model("v2", "other space", bench.index)
+    broken = replace(other, scorer=cast(CtrScorer, Broken()), features=FeatureConfig())
     bench.use(bench.live, broken)
     (record,) = bench.records(bench.at(shown("312")))
     assert [version for version, _ in record.scores] == ["v1"]
@@ -296,8 +302,8 @@ def test_wide_and_narrow_impressions_come_back_in_their_order() -> None:
 
 
 def test_serving_and_training_see_the_same_features_to_the_bit() -> None:
-    """The request with candidates at the moment of the impression, beside the impression's record."""
-    bench = Bench()
+    """A request with candidates, then the impression of those items at the same time: X of both, and of the record."""
+    bench = Bench(now_ms=NOW_MS + 61_234)
     random = np.random.default_rng(5)
     for n in range(60):
         at_ms = NOW_MS + 1_000 * n
@@ -305,23 +311,15 @@ def test_serving_and_training_see_the_same_features_to_the_bit() -> None:
         user = str(random.choice(["u", "v", "w"]))
         bench.prepare(bench.at(shown(items, f"s{n}", user, event_time=at_ms)))
         bench.prepare(bench.at(click(items[0], f"c{n}", user, at_ms)))
-    time_ms = NOW_MS + 61_234
-    rows = decode_rows([row_of(bench.rows[(0, b"u")])])
-    candidates = np.array([bench.index.rows([f"i{digit}" for digit in "4082"] + [""] * 196)], np.int32)
-    asked = raw_from_state(
-        rows,
-        candidates,
-        np.array([time_ms]),
-        bench.catalogue,
-        bench.counters,
-        bench.reader(),
-        bench.settings.recommender.ranking,
-    )
-    (record,) = bench.records(bench.at(shown("4082", "last", event_time=time_ms)))
-    trained = raw_slates([record])
-    assert trained.counters.any()
-    assert trained.sims.any()
-    assert trained.shown_counts.any()
-    assert np.array_equal(encode(asked, FeatureConfig())[:, :4], encode(trained, FeatureConfig()))
-    assert np.array_equal(asked.recent_items, trained.recent_items)
-    assert np.array_equal(asked.recent_age_seconds, trained.recent_age_seconds)
+    recorder = Recorder()
+    bench.use(replace(bench.live, scorer=cast(CtrScorer, recorder), features=FeatureConfig()))
+    candidates = [f"i{digit}" for digit in "4082"]
+    request = Request(event_id="r", event_time=bench.now_ms, user_id="u", request_id="r", candidates=candidates, k=2)
+    (slate,) = bench.prepare(bench.at(request)).slates
+    assert len(slate.record.items) == 2
+    (record,) = bench.records(bench.at(shown("4082", "last", event_time=bench.now_ms)))
+    served, logged = recorder.seen
+    trained = encode(raw_slates([record]), FeatureConfig())
+    for name in ("clicks_first", "sim_short", "shown_count", "user_ctr", "ctr_fourth_z"):
+        assert trained[0, :, COLUMNS.index(name)].any(), name
+    assert served.tobytes() == logged.tobytes() == trained.tobytes()
