@@ -27,7 +27,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from rich.console import Console
 
-from benchmarks import baselines, examples, freshness, new_items, recovery, swap, throughput
+from benchmarks import baselines, examples, freshness, new_items, recovery, swap, throughput, training
 from benchmarks.processes import REPOSITORY, BenchmarkError
 from benchmarks.results import Report, machine, print_report
 from benchmarks.stage import QUICK, Bench, Sizes
@@ -49,6 +49,7 @@ BENCHMARKS: Final[dict[str, Run]] = {
     "swap": swap.run,
     "new-items": new_items.run,
     "recovery": recovery.run,
+    "training": training.run,
 }
 DOCUMENT: Final = REPOSITORY / "docs" / "benchmarks.md"
 JARS: Final = REPOSITORY / ".millstream" / "kafka"

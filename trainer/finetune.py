@@ -150,10 +150,12 @@ class _Training:
         items, residual_rows = self._item_side(slates)
         texts, text_of_item = _texts(slates, self._set.texts)
         base, scaler, split_encoder = self._base(texts, text_of_item)
+        with self._timed("encoding"):
+            before = self._encodings(slates, base, texts, text_of_item)
         fitter = Fitter(module, items, base, slates, self._config, self._device, self._precision, scaler)
         with self._timed("training"):
             course = fitter.fit(self._parts[0], self._parts[1], self._show)
-        with self._timed("encoding again"):
+        with self._timed("training"):
             encodings = self._encodings(slates, base, texts, text_of_item)
         if not course.best_epoch:
             # Nothing was better than the start: its encoder stays, under its id.
@@ -171,7 +173,7 @@ class _Training:
             space=space,
             delta=delta,
             encodings=encodings if split_encoder is not None else None,
-            carry=self._carry(space, encodings, split_encoder is not None, texts, text_of_item) if changed else None,
+            carry=self._carry(space, before, encodings) if changed else None,
             metrics=metrics,
             course=course,
             seconds=self._seconds,
@@ -310,18 +312,10 @@ class _Training:
             metrics |= {f"{measure}_{name}": value for measure, value in measured.items()}
         return scorer, metrics
 
-    def _carry(
-        self, space: Space, encodings: ItemEncodings, new_encoder: bool, texts: list[str], text_of_item: I64
-    ) -> F32:
+    def _carry(self, space: Space, before: ItemEncodings, after: ItemEncodings) -> F32:
         """Return the map by which long-term vectors go over to the new space: least squares over the items."""
-        before = encodings.base
-        if new_encoder:
-            encoder = current_encoder(self._start.encoder, self._start.delta)
-            with self._timed("encoding"):
-                encoded = base_encodings(encoder, texts, self._cache, partial(self._show, "encoding before"))
-            before = encoded[text_of_item[text_of_item >= 0]]
-        old = self._start.space.item_vectors(before, encodings.items)
-        return carrying_map(old, space.item_vectors(encodings.base, encodings.items))
+        old = self._start.space.item_vectors(before.base, before.items)
+        return carrying_map(old, space.item_vectors(after.base, after.items))
 
     @contextmanager
     def _timed(self, part: str) -> Iterator[None]:

@@ -97,7 +97,7 @@ def test_minilm_can_be_cut_and_its_top_layer_trained() -> None:
     before = split.encode(np.arange(4))
     np.testing.assert_allclose(before.detach().numpy(), minilm.encode(TEXTS), atol=2e-3)
     likeness = before[0] @ before[1]
-    likeness.backward()
+    likeness.backward()  # type: ignore[no-untyped-call]
     optimiser.step()
     with torch.no_grad():
         after = split.encode(np.arange(4))
