@@ -20,22 +20,20 @@ from streams.labels import RowKey, SentLabels
 
 log = structlog.get_logger(__name__)
 
-_Content = tuple[bytes, bytes, bytes]
-
 
 @dataclass(slots=True)
 class _Partition:
     """One partition's open impressions, by the time at which the next of a user closes."""
 
     newest_ms: int = 0
-    """Newest event time."""
+    """Event time of the event that put the watermark furthest."""
     seen_at: float = 0.0
-    """When that event was seen, monotonic seconds."""
+    """When it was seen, monotonic seconds."""
     heap: list[tuple[int, bytes]] = field(default_factory=list)
     next_ms: dict[bytes, int] = field(default_factory=dict)
     """The entry of the heap that is valid, by user."""
-    sent: dict[bytes, dict[int, _Content]] = field(default_factory=dict)
-    """What was sent of the impressions that a silent user's value still holds open, by user and impression."""
+    sent: dict[bytes, dict[int, LabelsRecord]] = field(default_factory=dict)
+    """What was sent last of the impressions that a silent user's value still holds open, by user and impression."""
 
     def schedule(self, key: bytes, close_ms: int) -> None:
         self.next_ms[key] = close_ms
@@ -83,7 +81,8 @@ class LabelTimer:
     def see(self, partition: int, newest_ms: int, now: float) -> None:
         """Take note of the newest event time of a batch."""
         held = self._partitions.get(partition)
-        if held is not None and newest_ms >= held.newest_ms:
+        # A watermark never goes back: an event that is newer than all, but older than the time that passed, is late.
+        if held is not None and newest_ms >= self._watermark_ms(held, now):
             held.newest_ms, held.seen_at = newest_ms, now
 
     def touch(self, closes: Mapping[RowKey, int | None], now: float) -> None:
@@ -123,7 +122,7 @@ class LabelTimer:
         for (partition, key), record in due._records:
             held = due._of[partition]
             if self._partitions.get(partition) is held:
-                held.sent.setdefault(key, {})[record.impression_id] = _content(record)
+                held.sent.setdefault(key, {})[record.impression_id] = record
         for (partition, key), close_ms in due._looked_at.items():
             held = due._of[partition]
             if self._partitions.get(partition) is held:
@@ -157,7 +156,12 @@ class LabelTimer:
             log.warning("labels_unreadable", partition=key[0], error=str(error))
             return
         sent = self._partitions[key[0]].sent.get(key[1], {})
-        new = [record for record in records if sent.get(record.impression_id) != _content(record)]
+        new = []
+        for record in records:
+            before = sent.get(record.impression_id)
+            if before is None or _content(before) != _content(record):
+                record.revision = before.revision + 1 if before is not None else 0
+                new.append(record)
         found._looked_at[key] = next_ms
         found._records += [(key, record) for record in new]
         found.labels += [SentLabels.of(key, record) for record in new]
@@ -175,5 +179,5 @@ class LabelTimer:
         return held.newest_ms + int((now - held.seen_at) * 1_000) if held.newest_ms else 0
 
 
-def _content(record: LabelsRecord) -> _Content:
+def _content(record: LabelsRecord) -> tuple[bytes, bytes, bytes]:
     return record.clicked, record.refused, record.actions

@@ -1,0 +1,203 @@
+"""The timer that closes the impressions of users who fell silent; time is an argument."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+
+from models.examples import LabelsRecord, decode_labels
+from models.joiner import JoinContext, JoinerConfig, join
+from models.user_events import UserEvent, UserStateConfig
+from models.user_row import empty_rows, encode_rows
+from models.user_value import join_value, split_value
+from streams.label_timer import Due, LabelTimer
+from streams.labels import RowKey
+from tests.models.user_state_logs import START_MS, click, event, impression
+
+WINDOW, GRACE = 600, 120
+CONTEXT = JoinContext.of(
+    JoinerConfig(grace_seconds=GRACE), UserStateConfig(attribution_window_seconds=WINDOW), ["default"]
+)
+NOON = 1_000.0
+"""The monotonic clock when a test begins, seconds."""
+ANN: RowKey = (0, b"ann")
+
+
+class Table:
+    """Values as the worker would make them of users' events, and a timer that follows them."""
+
+    def __init__(self) -> None:
+        self.values: dict[RowKey, bytes] = {}
+        self.timer = LabelTimer(CONTEXT)
+        self.timer.take_over(0, {}, NOON)
+
+    def apply(self, key: RowKey, events: Sequence[UserEvent], now: float = NOON) -> None:
+        """Process a batch of one user's events."""
+        _, block = split_value(self.values.get(key))
+        joined = join(
+            block, events, [0] * len(events), self.clock_ms(key), CONTEXT, user_id="", epoch=1, partition=key[0]
+        )
+        rows = empty_rows(1)
+        newest_ms = max([self.clock_ms(key), *(e.time_ms for e in events)])
+        rows["version"], rows["last_time_ms"], rows["impressions"] = 1, newest_ms, 1
+        self.values[key] = join_value(encode_rows(rows)[0], joined.block)
+        self.timer.see(key[0], newest_ms, now)
+        self.timer.touch({key: joined.next_close_ms}, now)
+
+    def clock_ms(self, key: RowKey) -> int:
+        row, _ = split_value(self.values.get(key))
+        return int.from_bytes(row[32:40], "little") if row else 0
+
+    def due(self, now: float, most_users: int = 100) -> Due:
+        return self.timer.due(lambda partition, key: self.values.get((partition, key)), now, most_users)
+
+    def send(self, now: float, most_users: int = 100) -> list[LabelsRecord]:
+        """Return the labels that are due and say that they were acknowledged."""
+        due = self.due(now, most_users)
+        self.timer.done(due)
+        return [decode_labels(label.value) for label in due.labels]
+
+
+def clicked(label: LabelsRecord) -> list[int]:
+    return [int(place) for place in np.frombuffer(label.clicked, "<u2")]
+
+
+def test_a_silent_users_label_is_due_when_the_time_that_passed_fills_its_window() -> None:
+    table = Table()
+    table.apply(ANN, [impression([1, 2], 0), click(2, 1, START_MS + 5_000)])
+    assert table.send(NOON + WINDOW - 5) == []
+    (label,) = table.send(NOON + WINDOW - 4.9)
+    assert (label.user_id, label.revision, clicked(label)) == ("ann", 0, [1])
+
+
+def test_other_users_of_the_partition_move_the_watermark() -> None:
+    table = Table()
+    table.apply(ANN, [impression([1], 0)])
+    table.apply((0, b"bob"), [click(1, 1, START_MS + WINDOW * 1_000 + 1)])
+    assert len(table.send(NOON)) == 1
+
+
+def test_a_partition_without_events_has_no_watermark() -> None:
+    assert LabelTimer(CONTEXT).watermark_ms(0, NOON) == 0
+    assert Table().timer.watermark_ms(0, NOON + 10**6) == 0
+
+
+def test_an_older_event_does_not_put_the_watermark_back() -> None:
+    table = Table()
+    table.apply(ANN, [click(1, 0, START_MS)])
+    table.apply((0, b"bob"), [click(1, 1, START_MS - 90_000)], NOON + 10)
+    assert table.timer.watermark_ms(0, NOON + 10) == START_MS + 10_000
+
+
+def test_a_label_is_sent_once() -> None:
+    table = Table()
+    table.apply(ANN, [impression([1], 0)])
+    assert len(table.send(NOON + 700)) == 1
+    assert table.send(NOON + 9_999) == []
+
+
+def test_a_label_that_was_not_acknowledged_is_due_again_after_a_take_over() -> None:
+    table = Table()
+    table.apply(ANN, [impression([1], 0)])
+    assert len(table.due(NOON + 700).labels) == 1
+    table.timer.take_over(0, {key: value for (_, key), value in table.values.items()}, NOON)
+    assert len(table.send(NOON + 700)) == 1
+
+
+def test_a_late_click_sends_what_the_timer_said_again_corrected() -> None:
+    table = Table()
+    table.apply(ANN, [impression([1, 2], 0)])
+    table.send(NOON + 700)
+    table.apply(ANN, [click(2, 1, START_MS + 3_000)], NOON + 701)
+    assert [(label.revision, clicked(label)) for label in table.send(NOON + 701)] == [(1, [1])]
+
+
+def test_a_touch_that_changes_no_label_sends_nothing_again() -> None:
+    table = Table()
+    table.apply(ANN, [impression([1, 2], 0)])
+    table.send(NOON + 700)
+    table.apply(ANN, [click(9, 1, START_MS + 3_000)], NOON + 701)
+    assert table.send(NOON + 701) == []
+
+
+def test_a_user_whose_own_log_closed_the_impression_is_not_waited_for() -> None:
+    table = Table()
+    table.apply(ANN, [impression([1], 0), click(5, 1, START_MS + 700_000)])
+    assert table.timer.waiting_users == 0
+    assert table.send(NOON + 10**6) == []
+
+
+def test_the_next_impression_of_a_user_is_waited_for_after_the_first() -> None:
+    table = Table()
+    table.apply(ANN, [impression([1], 0), impression([2], 1, START_MS + 60_000)])
+    assert [label.time_ms for label in table.send(NOON + 541)] == [START_MS]
+    assert [label.time_ms for label in table.send(NOON + 601)] == [START_MS + 60_000]
+
+
+def test_a_bounded_number_of_users_is_looked_at_in_one_step() -> None:
+    table = Table()
+    for number in range(5):
+        table.apply((0, f"u{number}".encode()), [impression([1], number)])
+    assert [len(table.send(NOON + 700, most_users=2)) for _ in range(4)] == [2, 2, 1, 0]
+
+
+def test_a_take_over_finds_the_open_impressions_and_the_watermark_in_the_values() -> None:
+    table = Table()
+    table.apply(ANN, [impression([1], 0)])
+    timer = LabelTimer(CONTEXT)
+    timer.take_over(0, {key: value for (_, key), value in table.values.items()}, NOON + 5_000)
+    assert timer.waiting_users == 1
+    assert timer.watermark_ms(0, NOON + 5_000) == START_MS
+    assert len(timer.due(lambda p, k: table.values[(p, k)], NOON + 5_601, 10).labels) == 1
+
+
+def test_a_revoked_partition_is_forgotten() -> None:
+    table = Table()
+    table.apply(ANN, [impression([1], 0)])
+    due = table.due(NOON + 700)
+    table.timer.keep_only(set())
+    table.timer.done(due)
+    assert table.timer.waiting_users == 0
+    assert table.send(NOON + 10**6) == []
+
+
+def test_a_user_who_was_deleted_is_passed_over() -> None:
+    table = Table()
+    table.apply(ANN, [impression([1], 0)])
+    del table.values[ANN]
+    assert table.send(NOON + 700) == []
+    assert table.timer.waiting_users == 0
+
+
+@pytest.mark.parametrize("value", [b"\x07", b"\x02\x01\x00\x01nonsense"])
+def test_a_value_that_cannot_be_read_stops_no_other(value: bytes) -> None:
+    table = Table()
+    table.apply(ANN, [impression([1], 0)])
+    table.apply((0, b"bob"), [impression([1], 1)])
+    table.values[ANN] = value
+    assert [label.user_id for label in table.send(NOON + 700)] == ["bob"]
+    table.timer.take_over(0, {b"ann": value}, NOON)
+    assert table.timer.waiting_users == 0
+
+
+def block_of(table: Table, key: RowKey) -> bytes:
+    return split_value(table.values[key])[1]
+
+
+def test_open_impressions_can_go_only_after_the_grace_and_when_their_labels_are_out() -> None:
+    table = Table()
+    table.apply(ANN, [impression([1], 0)])
+    late = NOON + WINDOW + GRACE + 1
+    assert not table.timer.may_strip(*ANN, block_of(table, ANN), late)
+    table.send(NOON + WINDOW + 1)
+    assert not table.timer.may_strip(*ANN, block_of(table, ANN), NOON + WINDOW + 1)
+    assert table.timer.may_strip(*ANN, block_of(table, ANN), late)
+
+
+def test_a_request_moves_the_watermark_too() -> None:
+    table = Table()
+    table.apply(ANN, [impression([1], 0)])
+    table.apply((0, b"bob"), [event(2, [], offset=1, time_ms=START_MS + 601_000)])
+    assert len(table.send(NOON)) == 1
