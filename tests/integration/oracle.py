@@ -17,8 +17,10 @@ from models.errors import RecordError
 from models.events import Action, Event, Request
 from models.hashing import hash64, recommendation_id
 from models.item_index import ItemIndex
+from models.joiner import JoinContext
 from models.retrieval import RetrievalConfig, VectorIndex
 from models.user_batch import read_vectors
+from models.user_events import surface_names
 from models.user_row import ROW, decode_rows, empty_rows
 from models.user_state import Outcome, apply, user_event
 from models.user_value import guard_of, row_of
@@ -29,6 +31,7 @@ from streams.item_stats import CHECKPOINT_KEY, ItemRecord, batches, decode_item
 from streams.model_slot import BOOTSTRAP_VERSION
 from streams.topic_ids import epoch, topic_ids
 from tests.integration.conftest import read_topic
+from tests.integration.label_oracle import Labels, context_of, label_differences
 from tests.integration.workers import WorkerProcess, World, now_ms
 
 VECTOR_TOLERANCE = 5e-3
@@ -56,6 +59,7 @@ class Expected:
     requests: list[tuple[int, int, str]] = field(default_factory=list)
     refused: dict[tuple[int, int], str] = field(default_factory=dict)
     """Reason by (partition, offset)."""
+    labels: Labels = field(default_factory=Labels)
     accepted: int = 0
 
 
@@ -89,8 +93,9 @@ async def expected(
     for partition in range(settings.topics.partitions):
         counters.own(partition)
     default = settings.recommender.default_surface
-    surfaces = [default, *sorted(s for s in settings.recommender.surfaces if s != default)]
-    found = Expected(rows=dict(before.rows)) if before else Expected()
+    surfaces = surface_names(default, settings.recommender.surfaces, settings.user_state)
+    context = _join_context(world)
+    found = Expected(rows=dict(before.rows), labels=before.labels.copy()) if before else Expected()
     for record in await read_topic(settings, world.names.events):
         key, place = (record.partition, record.key or b""), (record.partition, record.offset)
         if place in fatal:
@@ -109,8 +114,9 @@ async def expected(
             found.refused[place] = "processing-error"
             continue
         event = user_event(decoded.event, 0, decoded.offset, decoded.time_ms, settings.user_state, surfaces)
+        held = found.rows.get(key, empty_rows(1))
         rows, outcomes = apply(
-            found.rows.get(key, empty_rows(1)),
+            held,
             [event],
             catalogue,
             settings.user_state,
@@ -120,6 +126,8 @@ async def expected(
             surfaces=surfaces,
         )
         found.rows[key] = rows
+        outcome, clock_ms = Outcome(outcomes[0]), int(held["last_time_ms"][0])
+        found.labels.apply(key, event, outcome, clock_ms, topic_epoch, context)
         _note_trigger(found, decoded.event, record, Outcome(outcomes[0]))
     totals = counters.totals(np.arange(len(counters.index)))
     totals[:, 2] *= WEIGHT_UNIT
@@ -130,6 +138,12 @@ async def expected(
     for item_id in before.totals if before else ():
         found.totals.setdefault(item_id, before.totals[item_id])  # type: ignore[union-attr]
     return found
+
+
+def _join_context(world: World) -> JoinContext:
+    settings = world.settings
+    served = settings.recommender.surfaces
+    return context_of(settings, surface_names(settings.recommender.default_surface, served, settings.user_state))
 
 
 def _note_trigger(found: Expected, event: Event, record: ConsumerRecord, outcome: Outcome) -> None:
@@ -242,6 +256,7 @@ async def differences(
     found = row_differences(want.rows, highest, apart_from)
     found += [f"{key}: the last record is not the owner's" for key in highest if last[key] != highest[key]]
     found += slate_differences(world, want, await world.slates(), versions)
+    found += await label_differences(world, want.labels, _join_context(world))
     ends = {p: end for p, end in (await world.end_offsets(world.names.events)).items() if end}
     committed = await world.committed()
     for partition, end in ends.items():
