@@ -68,14 +68,17 @@ def trainer(
     from streams.settings import load
     from streams.topics import TopicNames
     from trainer import settings as trainer_settings
-    from trainer.connection import Connection, Topics
+    from trainer.connection import Connection, EventRules, Topics
     from trainer.loop import run
 
     settings, own = load(config), trainer_settings.load(config)
     logs.configure(own.log_level, own.log_format)
     names = TopicNames.of(settings)
     topics = Topics(names.features, names.labels, names.items, names.events, names.models, names.model_status)
-    connection = Connection(kafka_clients.client_options(settings), topics, settings.models.status_interval_seconds)
+    rules = EventRules(settings.events.clock, settings.user_state)
+    connection = Connection(
+        kafka_clients.client_options(settings), topics, settings.models.status_interval_seconds, rules
+    )
     raise typer.Exit(run(own, settings.models, settings.encoder, connection, once=once, say=typer.echo))
 
 

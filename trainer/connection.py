@@ -6,8 +6,11 @@ The trainer never imports ``streams``; millstream.py makes this from the worker'
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
+
+from models.events import ClockPolicy
+from models.user_events import UserStateConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +26,14 @@ class Topics:
 
 
 @dataclass(frozen=True, slots=True)
+class EventRules:
+    """How workers read the events topic; needed where events themselves are learned from."""
+
+    clock: ClockPolicy = field(default_factory=ClockPolicy)
+    user_state: UserStateConfig = field(default_factory=UserStateConfig)
+
+
+@dataclass(frozen=True, slots=True)
 class Connection:
     """How to reach the cluster, and where what is."""
 
@@ -31,3 +42,4 @@ class Connection:
     topics: Topics
     status_interval_seconds: float
     """How often a worker says on ``model-status`` what it serves."""
+    events: EventRules = field(default_factory=EventRules)

@@ -65,6 +65,11 @@ class Examples:
         return len(self.impressions)
 
     @property
+    def has_impressions(self) -> bool:
+        """Whether anything was shown in the window, labelled yet or not."""
+        return bool(self.impressions or self.left_out)
+
+    @property
     def items(self) -> int:
         """Impressed items with an outcome."""
         return sum(len(e.labels) for e in self.impressions)

@@ -24,9 +24,11 @@ from models.examples import RANDOMISED, FeaturesRecord
 from models.manifest import Manifest, OffsetRange, Window, new_version
 from models.pointer import Pointer, Pointers, plan_candidate, plan_promotion, plan_rollback, plan_withdrawal
 from models.registry import Registry
+from models.sampling import LoneAction
 from models.signing import PrivateKey, PublicKey
 from trainer.announce import ANNOUNCER, WorkerStatus, preparation
 from trainer.dataset import F32, Examples, ItemFacts, read_examples
+from trainer.lone_actions import sampled_examples
 from trainer.metrics import TrainerMetrics
 from trainer.progress import Show
 from trainer.promotion import (
@@ -58,6 +60,9 @@ class Source(Protocol):
 
     def read(self, since_ms: int) -> list[OffsetRange]:
         """Spool everything of this broker time and later; return the ranges."""
+
+    def actions(self, since_ms: int) -> tuple[list[OffsetRange], list[LoneAction]]:
+        """Return the ranges of the events of this broker time and later, and the actions among them."""
 
     def items(self) -> ItemFacts:
         """Return what is known of the items."""
@@ -178,17 +183,18 @@ class Round:
         self._state.rounds += 1
         self._state.labels_end = ports.source.labels_end()
         self._tidy(result)
+        since_ms = ports.now_ms() - round(self._config.window_hours * HOUR_MS)
         with metrics.step("read"):
-            ranges = ports.source.read(ports.now_ms() - round(self._config.window_hours * HOUR_MS))
+            ranges = ports.source.read(since_ms)
             items = ports.source.items()
+        names, most = self._names, self._config.max_impressions
         with metrics.step("join"):
-            examples = read_examples(
-                ports.spool,
-                ranges,
-                self._names.features_topic,
-                self._names.labels_topic,
-                self._config.max_impressions,
-            )
+            examples = read_examples(ports.spool, ranges, names.features_topic, names.labels_topic, most)
+        if not examples.has_impressions and self._config.sampled_negatives:
+            with metrics.step("sample"):
+                ranges, actions = ports.source.actions(since_ms)
+                drawn, seed = self._config.sampled_negatives, self._config.seed
+                examples = sampled_examples(actions, items, drawn, seed, most)
         self._describe(examples)
         self._go_on()
         with metrics.step("look-back"):

@@ -19,8 +19,10 @@ from models.errors import BrokerUnavailable, LayoutError, RecordError, TrainingE
 from models.events import ITEM_CODEC
 from models.hashing import hash64
 from models.manifest import OffsetRange
+from models.sampling import LoneAction
 from trainer.connection import Connection
 from trainer.dataset import ItemFacts
+from trainer.lone_actions import read_lone_actions
 from trainer.progress import Show
 from trainer.spool import Spool, SpooledRecord
 
@@ -60,6 +62,11 @@ class WindowReader:
         """
         topics = self._connection.topics
         return self._runner.run(self._read([topics.features, topics.labels], since_ms))
+
+    def actions(self, since_ms: int) -> tuple[list[OffsetRange], list[LoneAction]]:
+        """Spool the events of this broker time and later; return their ranges and the actions among them."""
+        ranges = self._runner.run(self._read([self._connection.topics.events], since_ms))
+        return ranges, read_lone_actions(self._spool, ranges, self._connection.events)
 
     def restore(self, ranges: Iterable[OffsetRange]) -> None:
         """Spool what is missing of a window that was read before.

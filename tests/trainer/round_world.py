@@ -18,6 +18,7 @@ from models.examples import FeaturesRecord, LabelsRecord, encode
 from models.manifest import Manifest, OffsetRange
 from models.pointer import Pointer, Pointers
 from models.registry import Registry, RegistryConfig
+from models.sampling import LoneAction
 from tests.models.bundles import contents, features_record
 from trainer.announce import VersionStatus, WorkerStatus
 from trainer.dataset import F32, Examples, ItemFacts
@@ -72,6 +73,8 @@ class World:
         self.truth: dict[int, F32] = {}
         self.scored: list[str] = []
         self.metrics = TrainerMetrics()
+        self.actions: list[LoneAction] = []
+        self.facts = ItemFacts({}, {})
 
     # --- what happens -----------------------------------------------------------------------------------------------
 
@@ -164,9 +167,13 @@ class FakeSource:
             self._spool.write(gap, self._world.records[gap.topic][gap.start : gap.end])
         return ranges
 
+    def actions(self, since_ms: int) -> tuple[list[OffsetRange], list[LoneAction]]:
+        """Return the world's actions."""
+        return [OffsetRange("events", 0, 0, len(self._world.actions))], self._world.actions
+
     def items(self) -> ItemFacts:
-        """Return nothing: the learner of the world asks for nothing."""
-        return ItemFacts({}, {})
+        """Return what the world knows of items: the learner here asks for nothing."""
+        return self._world.facts
 
     def labels_end(self) -> int:
         """Return the number of labels."""
