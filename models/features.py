@@ -17,7 +17,7 @@ from typing import Annotated, Any, Final, Literal
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from models.counter_events import ACTIONS, CLICKS, HALF_LIVES, IMPRESSIONS, KINDS
 from models.errors import BundleError
@@ -91,6 +91,15 @@ class FeatureConfig(BaseModel):
     prior_strength: float = Field(
         20.0, gt=0, le=1e6, description="Impressions s that the prior of a CTR weighs as much as."
     )
+    columns: tuple[str, ...] = Field(COLUMNS, description="Names of the columns, in their order.")
+
+    @field_validator("columns")
+    @classmethod
+    def _known(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        if names != COLUMNS:
+            unlike = sorted(set(names) ^ set(COLUMNS))[:5] or "their order"
+            raise ValueError(f"columns that this program does not make so: {unlike}")
+        return names
 
 
 @dataclass(slots=True)
@@ -151,7 +160,7 @@ class RawSlates:
 
 def columns(config: FeatureConfig) -> tuple[str, ...]:
     """Return the names of the columns that ``encode`` makes under ``config``."""
-    return {1: COLUMNS}[config.version]
+    return config.columns
 
 
 def spec_id(config: FeatureConfig) -> str:

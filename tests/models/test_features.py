@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -187,3 +189,22 @@ def test_other_priors_are_the_same_spec() -> None:
 def test_a_bundle_of_another_spec_is_refused_by_name() -> None:
     with pytest.raises(BundleError, match=r"feature-spec: .*'features-2-0123456789ab'.*kept"):
         require_spec("features-2-0123456789ab", CONFIG)
+
+
+def test_a_bundle_lists_its_columns_and_one_that_is_not_known_is_refused() -> None:
+    stored = FeatureConfig().model_dump(mode="json")
+    assert stored["columns"] == list(COLUMNS)
+    with pytest.raises(ValueError, match="co_click"):
+        FeatureConfig.model_validate(stored | {"columns": [*COLUMNS, "co_click"]})
+
+
+def test_the_same_columns_in_another_order_are_refused() -> None:
+    with pytest.raises(ValueError, match="their order"):
+        FeatureConfig(columns=COLUMNS[::-1])
+
+
+def test_the_documentation_tells_of_every_column() -> None:
+    text = (Path(__file__).resolve().parents[2] / "docs" / "features.md").read_text("utf-8")
+    plain = [name for name in COLUMNS if not name.endswith(("_rank", "_share", "_z", "_second", "_third"))]
+    assert [name for name in plain if f"`{name}`" not in text] == []
+    assert f"{len(COLUMNS)} of them" in text
