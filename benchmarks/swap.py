@@ -58,6 +58,7 @@ async def _measure(made: Stage, worker: WorkerProcess) -> None:
     await send_events(made, made.bench.sizes.warm_up_seconds)
     before_ms = _now_ms()
     await send_events(made, seconds)
+    rss_before = worker.rss_bytes()
     during_ms = _now_ms()
     took: list[float] = []
 
@@ -81,7 +82,8 @@ async def _measure(made: Stage, worker: WorkerProcess) -> None:
     note = (
         f"{SWAPS} swaps, {(after_ms - during_ms) / 1e3:.0f} s; p50 {percentile(busy, 0.5):.0f} ms, "
         f"max {max(busy, default=0)} ms; {len(busy):,} slates, {triggers - len(busy)} missing; a swap itself "
-        f"{swap_ms:.2f} ms, announced to live {min(took):.1f} to {max(took):.1f} s"
+        f"{swap_ms:.2f} ms, announced to live {min(took):.1f} to {max(took):.1f} s; worker RSS "
+        f"{rss_before >> 20} MiB before, {worker.rss_bytes() >> 20} MiB after"
     )
     figures.append(Figure("freshness during ten swaps, p99", p99_during, "ms", note=note))
     figures.append(

@@ -164,8 +164,10 @@ class ItemSpace:
             self.index.remove(expired)
         return len(expired)
 
-    def build(self, embeddings: Embeddings, now_ms: int, stop: threading.Event) -> bool:
+    def build(self, embeddings: Embeddings, now_ms: int, stop: threading.Event, *, wait_for_graph: bool = True) -> bool:
         """Fill an empty space and build its index, in a thread of its own; False when ``stop`` ended it.
+
+        Without ``wait_for_graph`` a large index is left to build its graph while it serves, exactly but slower.
 
         Reads encodings and catalogue while the state thread writes them: what changes meanwhile is in ``changed``
         and gone over again by ``catch_up``. ``embeddings`` is the caller's copy. Raises what the index build raised.
@@ -177,7 +179,7 @@ class ItemSpace:
                 return False
             self.refresh(rows[start : start + BUILD_ROWS], embeddings)
         self.reindex(rows, now_ms)
-        while self.index.is_building:
+        while wait_for_graph and self.index.is_building:
             if stop.wait(0.01):
                 self.index.close()
                 return False

@@ -277,11 +277,9 @@ class ModelWatch:
         slot = self._slot
         old = slot.live
         shadows = [m for m in (candidate, previous) if m is not None and m.version != live.version]
-        started = time.perf_counter()
         await self._switch(live, shadows if self._settings.models.shadow else [])
         slot.live, slot.candidate, slot.previous = live, candidate, previous
         if (live.version, live.generation) != (old.version, old.generation):
-            self._metrics.swap_seconds.observe(time.perf_counter() - started)
             log.info(
                 "model_live", version=live.version, generation=live.generation, space=live.space_id, was=old.version
             )
@@ -384,13 +382,16 @@ class ModelWatch:
         item_space = await self._item_space(bundle.space)
         if encoder_id != self._slot.bootstrap_space.encoder_id and self.decided.is_set():
             await self._encodings(encoder_id)
-        await self._in_background(
-            prune_cache,
-            self._settings.models.cache_folder,
-            {p.version for p in self._state.wanted.values()} | {m.version for m in self._slot.by_role().values()},
-            self._settings.models.cache_bundles,
-        )
+        await self._prune_cache()
         return _Held(_served(bundle, item_space), item_space)
+
+    async def _prune_cache(self) -> None:
+        models = self._settings.models
+        keep = {p.version for p in self._state.wanted.values()} | {m.version for m in self._slot.by_role().values()}
+        try:
+            await self._in_background(prune_cache, models.cache_folder, keep, models.cache_bundles)
+        except OSError as error:
+            log.warning("cache_not_pruned", folder=str(models.cache_folder), error=repr(error))
 
     def _load(self, pointer: Pointer) -> Bundle:
         models = self._settings.models
@@ -448,7 +449,9 @@ class ModelWatch:
         made, embeddings = await self._thread.run(state.begin, space, index)
         is_whole = False
         try:
-            await self._in_background(made.build, embeddings, _now_ms(), stop)
+            # A start is not held up by the graph: nothing is served meanwhile, and exact search is there at once.
+            waits = self.decided.is_set()
+            await self._in_background(made.build, embeddings, _now_ms(), stop, wait_for_graph=waits)
             while not is_whole:
                 is_whole = await self._thread.run(state.catch_up, made, _now_ms())
         finally:

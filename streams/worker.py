@@ -308,11 +308,14 @@ class Worker:
         """Serve with another model from the next batch on; where that fails, with the one in use, and raise why."""
         async with self.batch_in_work:
             old, old_shadows = self.model.live, self.pipeline.shadows
+            started = time.perf_counter()
             try:
                 await self._use_model(live, shadows)
             except Exception:
                 await self._use_model(old, old_shadows)
                 raise
+            if (live.version, live.generation) != (old.version, old.generation):
+                self.model_metrics.swap_seconds.observe(time.perf_counter() - started)
 
     async def _use_model(self, live: ServingModel, shadows: list[ServingModel]) -> None:
         self.encoder.use(live.space)
