@@ -144,24 +144,21 @@ def log_examples(
     return replay.examples()
 
 
-def pairs(examples: LogExamples, per_click: int, seed: int) -> LogExamples:
-    """Return each click as ``per_click`` impressions of two items: the clicked one and a drawn unclicked one.
+def thinned(examples: LogExamples, unclicked: int, per_click: int, seed: int) -> LogExamples:
+    """Return each click as ``per_click`` impressions: the clicked item and ``unclicked`` drawn ones of its slate.
 
-    As a log that kept one unclicked item looks: what is compared within a slate is then compared alike. Their order
-    within the pair is drawn; the pairs of an impression share its id.
+    With one unclicked item they look as those of a log that kept only one: what is compared within a slate is then
+    compared alike. The order within is drawn, and all impressions made of one share its id.
     """
     random = np.random.default_rng(seed)
     made = LogExamples(histories=examples.histories)
     for record, labels in zip(examples.records, examples.labels, strict=True):
-        clicked, unclicked = np.flatnonzero(labels > 0), np.flatnonzero(labels <= 0)
-        if not len(unclicked):
-            continue
-        for place in clicked.tolist():
-            drawn = random.choice(unclicked, min(per_click, len(unclicked)), replace=False)
-            for other in drawn.tolist():
-                places = [place, other] if random.random() < 0.5 else [other, place]
-                made.records.append(take_items(record, places))
-                made.labels.append(labels[places])
+        clicked, others = np.flatnonzero(labels > 0), np.flatnonzero(labels <= 0)
+        for place in np.repeat(clicked, per_click if len(others) else 0).tolist():
+            drawn = random.choice(others, min(unclicked, len(others)), replace=False).tolist()
+            places = random.permutation([place, *drawn]).tolist()
+            made.records.append(take_items(record, places))
+            made.labels.append(labels[places])
     return made
 
 

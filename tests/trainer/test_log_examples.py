@@ -17,7 +17,7 @@ from models.events import Action, ImpressedItem, Impression, Item, User
 from models.examples import FeaturesRecord, raw_slates
 from models.hashing import hash64
 from models.logs import LogEvent, open_log
-from trainer.log_examples import LogConfig, LogExamples, catalogue_of, log_examples, pairs
+from trainer.log_examples import LogConfig, LogExamples, catalogue_of, log_examples, thinned
 from trainer.scoring import ItemTable
 
 HOUR = 3_600_000
@@ -182,9 +182,9 @@ def test_an_item_that_no_record_names_is_in_the_example() -> None:
     assert np.frombuffer(made.records[0].items, "<u8").tolist() == [hash64("a"), hash64("z")]
 
 
-def test_pairs_hold_each_click_with_items_of_its_own_slate() -> None:
+def test_a_thinned_slate_is_a_click_with_items_of_its_own_slate() -> None:
     log = (impression(HOUR, "u", "abcd", "b"), impression(2 * HOUR, "v", "dcba", "da"))
-    made = pairs(examples(*log), 2, seed=1)
+    made = thinned(examples(*log), unclicked=1, per_click=2, seed=1)
     assert len(made.records) == 2 + 4
     shown = [np.frombuffer(r.items, "<u8").tolist() for r in made.records]
     clicked = [items[int(labels.argmax())] for items, labels in zip(shown, made.labels, strict=True)]
