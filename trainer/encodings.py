@@ -162,6 +162,37 @@ def base_encodings(
     return np.concatenate(cache.fill(name, texts, compute, on_progress))
 
 
+def delta_encodings(
+    encoder: TextEncoder,
+    delta: EncoderDelta,
+    texts: Sequence[str],
+    cache: OutputCache,
+    on_progress: OnProgress = lambda done, total: None,
+) -> F16:
+    """Return the base encodings [n, B] of texts by ``encoder`` with a delta, as ``base_encodings`` does.
+
+    The layers below those that the delta changes are read from where the training kept their outputs: for a text of
+    an earlier round only the changed layers are run.
+    """
+    if not texts:
+        return np.zeros((0, encoder.dim), np.float16)
+    device = encoder.module.device
+
+    def compute(missing: list[str]) -> Iterator[F16]:
+        path, layers = _layers(encoder.module)
+        changed = [at for at in range(len(layers)) if any(n.startswith(f"{path}.{at}.") for n in touched(delta))]
+        config = TrainingConfig(encoder="top", top_layers=len(layers) - min(changed, default=len(layers) - 1))
+        split = SplitEncoder(encoder, delta, config, device, "float32")
+        split.load(missing, cache, on_progress)
+        for start in range(0, len(missing), 512):
+            rows = np.arange(start, min(start + 512, len(missing)))
+            with torch.inference_mode():
+                encoded = split.encode(rows).cpu().numpy()
+            yield from encoded[:, None].astype(np.float16)
+
+    return np.concatenate(cache.fill(f"{delta.encoder_id}/base/{encoder.module.dtype}", texts, compute, on_progress))
+
+
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
     """Return the context in which matrix products run in ``precision``; nothing is changed for float32."""
     if precision == "float32":

@@ -18,7 +18,7 @@ from models.errors import EncoderError
 from models.examples import FeaturesRecord, encode
 from trainer.batches import TrainingSet
 from trainer.dataset import F32, Examples, ItemFacts
-from trainer.encodings import OutputCache, current_encoder
+from trainer.encodings import OutputCache
 from trainer.finetune import StartingPoint, Trained, train
 from trainer.progress import Show
 from trainer.round import Identity, Learned
@@ -88,14 +88,15 @@ class FinetuneLearner:
         Raises EncoderError where the bundle is of another encoder than that of the settings.
         """
         delta = None if bundle.encoder_folder is None else EncoderDelta.load(bundle.encoder_folder)
-        encoder = current_encoder(self._encoder(), delta)
-        if encoder.encoder_id != bundle.space.encoder_id:
+        encoder_id = self._encoder().encoder_id if delta is None else delta.encoder_id
+        if encoder_id != bundle.space.encoder_id:
             raise EncoderError(
                 f"bundle {bundle.version} is of the encoder {bundle.space.encoder_id}, the settings name "
-                f"{encoder.encoder_id}; it cannot be scored here"
+                f"{encoder_id}; it cannot be scored here"
             )
         known = _only(items, records)
-        table = ItemTable(bundle.space, encode_items(encoder, known.texts, self._cache), known.embeddings)
+        encodings = encode_items(self._encoder(), known.texts, self._cache, delta=delta)
+        table = ItemTable(bundle.space, encodings, known.embeddings)
         return score(bundle.scorer, bundle.features, table, records)
 
     def _encoder(self) -> TextEncoder:
@@ -127,13 +128,16 @@ class FinetuneLearner:
         parent: Bundle | None,
         show: Show,
     ) -> BundleContents:
-        encoder = current_encoder(self._encoder(), trained.delta)
         encodings = None
         if trained.delta is not None:
             # Not on item-vectors under this id: the whole catalogue comes with the bundle, so that workers wait for
             # nothing but what is newer.
             encodings = encode_items(
-                encoder, items.texts, self._cache, lambda done, total: show("encoding the catalogue", done, total)
+                self._encoder(),
+                items.texts,
+                self._cache,
+                lambda done, total: show("encoding the catalogue", done, total),
+                trained.delta,
             )
         space = trained.space
         changed = space.space_id != start.space.space_id
@@ -147,7 +151,7 @@ class FinetuneLearner:
             scorer_tensors=trained.scorer.tensors,
             features=trained.features,
             projection=space.projection,
-            canary=self._canary(examples, items, encoder),
+            canary=self._canary(examples, items, trained.delta),
             window=identity.window,
             parent=parent.version if parent else None,
             residual_items=space.residual_items,
@@ -160,9 +164,9 @@ class FinetuneLearner:
             train=self._training.model_dump(mode="json"),
         )
 
-    def _canary(self, examples: Examples, items: ItemFacts, encoder: TextEncoder) -> Canary:
+    def _canary(self, examples: Examples, items: ItemFacts, delta: EncoderDelta | None) -> Canary:
         chosen = [e.features for e in examples.impressions[-CANARY_RECORDS:]]
-        found: ItemEncodings = encode_items(encoder, _only(items, chosen).texts, self._cache)
+        found: ItemEncodings = encode_items(self._encoder(), _only(items, chosen).texts, self._cache, delta=delta)
         nameless = [
             msgspec.structs.replace(
                 record, user_id=CANARY_USER, request_id=None, session_id=None, context=None, experiment=None, scores=[]

@@ -12,12 +12,13 @@ from models.bundle import ItemEncodings
 from models.catalogue import SpaceVectors
 from models.ctr import CtrScorer
 from models.encoder import TextEncoder
+from models.encoder_delta import EncoderDelta
 from models.examples import FeaturesRecord
 from models.features import FeatureConfig
 from models.hashing import hash64
 from models.log_odds import learned_log_odds
 from trainer.batches import OnProgress, padded_slates
-from trainer.encodings import OutputCache, base_encodings
+from trainer.encodings import OutputCache, base_encodings, delta_encodings
 
 F32 = npt.NDArray[np.float32]
 Hashes = npt.NDArray[np.uint64]
@@ -30,10 +31,17 @@ def encode_items(
     texts: Mapping[int, str],
     cache: OutputCache,
     on_progress: OnProgress = lambda done, total: None,
+    delta: EncoderDelta | None = None,
 ) -> ItemEncodings:
-    """Return the base encodings of items by their texts, as the workers hold them; empty texts are left out."""
+    """Return the base encodings of items by their texts, as the workers hold them; empty texts are left out.
+
+    ``delta``: what a bundle changed of ``encoder``, which stays as it is.
+    """
     found = {item: text for item, text in sorted(texts.items()) if text}
-    base = base_encodings(encoder, list(found.values()), cache, on_progress)
+    if delta is None:
+        base = base_encodings(encoder, list(found.values()), cache, on_progress)
+    else:
+        base = delta_encodings(encoder, delta, list(found.values()), cache, on_progress)
     contents = np.fromiter(map(hash64, found.values()), np.uint64, len(found))
     return ItemEncodings(np.fromiter(found, np.uint64, len(found)), contents, base)
 

@@ -205,6 +205,8 @@ def test_encoder_with_the_delta_gives_the_encodings_of_the_bundle(bert: TextEnco
     expected = encoder.encode([texts()[item] for item in trained.encodings.items.tolist()])
     np.testing.assert_allclose(trained.encodings.base.astype(np.float32), expected, atol=2e-3)
     assert np.abs(bert.encode([texts()[trained.encodings.items.tolist()[0]]]) - expected[0]).max() > 2e-3
+    through_the_cache = encode_items(bert, texts(), OutputCache(None, 0), delta=trained.delta)
+    np.testing.assert_allclose(through_the_cache.base.astype(np.float32), expected, atol=2e-3)
 
 
 def test_lora_delta_is_two_small_matrices_for_query_and_value(bert: TextEncoder) -> None:
