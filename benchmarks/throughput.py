@@ -105,6 +105,7 @@ async def rate(
     counted = len(records) if counted is None else counted
     target = {"action": ACTIONS_A_SECOND, "impression": IMPRESSIONS_A_SECOND}[kind]
     before = await worker.metric("millstream_slates_total")
+    processor_seconds = -await worker.metric("process_cpu_seconds_total")
     readings: list[tuple[float, float]] = []
     profile = await _take_in(made, worker, records, kind, readings, counted)
     base = readings[0][1]
@@ -113,7 +114,11 @@ async def rate(
         raise BenchmarkError(f"{name}: over before it was read twice; take more than {counted} events")
     per_second = (moving[-1][1] - moving[0][1]) / (moving[-1][0] - moving[0][0])
     slates_sent = await worker.metric("millstream_slates_total") - before
-    note = f"{len(records):,} events, {slates_sent:.0f} slates; {await _stages(worker)}"
+    processor_seconds += await worker.metric("process_cpu_seconds_total")
+    note = (
+        f"{len(records):,} events, {slates_sent:.0f} slates; {processor_seconds / len(records) * 1e6:.0f} µs of the "
+        f"worker's processor time an event; {await _stages(worker)}"
+    )
     figure = Figure(name, per_second, "events/s", at_least=target, note=note, is_event_rate=True)
     await _finish(made, worker, figure, profile)
 
