@@ -13,17 +13,20 @@ from typing import Any
 import numpy as np
 import pytest
 
+from models.bundle import BundleContents
 from models.hashing import hash64
 from models.manifest import BOOTSTRAP_VERSION
 from models.pointer import Pointer
 from models.signing import PrivateKey
+from models.user_batch import read_vectors
 from models.user_row import decode_rows
 from models.user_value import row_of
+from streams import item_vectors
 from tests.integration.announcer import Announcer, bundle_contents, ctr_of, damage
-from tests.integration.conftest import SettingsWith, wait_until
+from tests.integration.conftest import SettingsWith, read_topic, wait_until
 from tests.integration.oracle import GENERATION, SPACE, assert_exact, changelog_rows
 from tests.integration.traffic import traffic
-from tests.integration.workers import WorkerProcess, World, now_ms, world
+from tests.integration.workers import BASE_DIM, Record, WorkerProcess, World, encoder_id, now_ms, record, world
 
 pytestmark = pytest.mark.integration
 
@@ -90,11 +93,36 @@ async def test_ten_swaps_under_load_lose_nothing_and_every_slate_names_its_versi
         slates = await on.slates()
         assert {slate["model_version"] for slate in slates} >= versions(*range(1, SWAPS))
         assert not strange_slates(slates, spaces)
+        await on.publish([click("newcomer", "item-3")])
+        await on.wait_committed()
+        assert await taste_of(on, "newcomer") == pytest.approx(await vector_of(on, made, "item-3"), abs=2e-3)
+
         generation = (await announcer.pointers()).roles["live"].generation
         for worker in (first, second):
             assert await worker.metric("millstream_model_swap_seconds_count") == SWAPS
             assert await worker.metric("millstream_model_generation", role="live") == generation
             assert await worker.metric("millstream_model_refused_total") == 0
+
+
+def click(user: str, item: str) -> Record:
+    """Return a click on an item that was not shown: one step from nothing towards the item's vector."""
+    event = {"type": "action", "event_id": f"{user}-{item}", "user_id": user, "item_id": item, "action": "click"}
+    return record({**event, "event_time": now_ms()})
+
+
+async def taste_of(on: World, user: str) -> list[float]:
+    """Return the direction of a user's short-term vector."""
+    rows, _ = await changelog_rows(on)
+    [row] = [row for (_, name), row in rows.items() if name == user.encode()]
+    vector = read_vectors(decode_rows([row_of(row)]))[0, 0]
+    return [float(x) for x in vector / np.linalg.norm(vector)]
+
+
+async def vector_of(on: World, made: BundleContents, item: str) -> list[float]:
+    """Return an item's vector in a bundle's space."""
+    key = item_vectors.key(encoder_id(), item)
+    [value] = [r.value for r in await read_topic(on.settings, on.names.item_vectors) if r.key == key]
+    return [float(x) for x in made.space.vectors(item_vectors.decode(value, BASE_DIM).vector[None])[0]]
 
 
 async def test_what_is_unsound_is_refused_by_both_workers_with_the_reason_and_the_old_bundle_serves_on(
