@@ -35,7 +35,7 @@ _INDEX: Final = np.dtype([("text", "<u8"), ("start", "<u8"), ("tokens", "<u4")])
 _CHUNK_BYTES: Final = 64 << 20
 _LORA_TARGETS: Final = ("query", "value", "q", "v", "q_lin", "v_lin", "q_proj", "v_proj")
 """What attention's query and value are called in the encoders of transformers."""
-_SPLIT_TOLERANCE: Final = 1e-3
+_SPLIT_TOLERANCE: Final = 5e-3
 
 OnProgress = Callable[[int, int], None]
 
@@ -368,7 +368,7 @@ class SplitEncoder:
             raise TrainingError("encoder-layout", f"{self._encoder.encoder_id} cannot be cut: {error}") from error
         finally:
             self._precision = precision
-        if np.abs(whole - parts).max() > _SPLIT_TOLERANCE * (1 if self._encoder.module.dtype == torch.float32 else 30):
+        if np.abs(whole - parts).max() > _SPLIT_TOLERANCE * (1 if self._encoder.module.dtype == torch.float32 else 10):
             raise TrainingError(
                 "encoder-layout",
                 f"{self._encoder.encoder_id}: its layers do not follow one another as BERT's do; nothing was trained: "
