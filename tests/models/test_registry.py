@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import os
 import threading
 import uuid
@@ -340,3 +341,26 @@ def test_what_a_broken_off_upload_left_long_ago_is_removed_and_one_under_way_is_
     assert sorted(registry.remove_leftovers(now_ms + 60_000)) == [".v3.aa.partial", "v2"]
     assert registry.versions() == ["v1"]
     assert registry.decisions("v1") == [{"promote": True}]
+
+
+def test_a_file_that_does_not_end_is_read_no_further_than_it_was_announced(
+    config: RegistryConfig, registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    published(registry, tmp_path)
+    files, _ = in_registry(config)
+    opened = files.open
+
+    class Endless(io.BytesIO):
+        reads = 0
+
+        def read(self, size: int | None = -1, /) -> bytes:
+            self.reads += 1
+            assert self.reads < 3, "read on beyond what was announced"
+            return bytes(size or 0)
+
+    def endless(path: str, *args: Any, **options: Any) -> Any:
+        return Endless() if path.endswith("ctr.safetensors") else opened(path, *args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "open", endless)
+        assert reason(lambda: registry.fetch("v1", tmp_path / "cache")) == "wrong-size"
