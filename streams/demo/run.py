@@ -15,6 +15,7 @@ from typing import Final, TypeVar
 import numpy as np
 
 from streams.demo.catalogue import make_films
+from streams.demo.learning import GATE_WORDS, attribution_window_seconds
 from streams.demo.stage import SLATE_ITEMS, Stage
 from streams.demo.statistics import Statistics, Story
 from streams.demo.traffic import Traffic
@@ -26,6 +27,7 @@ ENOUGH_FILMS: Final = 250
 """Films that must be searchable before the users start; the others are encoded beside them."""
 INTERRUPTED: Final = 130
 STORY_FILMS: Final = 100
+TOLD: Final = frozenset({"promoted", "rolled-back"})
 
 T = TypeVar("T")
 
@@ -62,7 +64,8 @@ async def run(settings: Settings, options: DemoOptions) -> tuple[int, list[str]]
     hero = int(np.sort(world.attraction, axis=1)[:, -STORY_FILMS:].mean(axis=1).argmax())
     hero_id = next(p.user_id for p in persons if p.taste == hero and p.half is Half.OURS)
     statistics = Statistics(len(persons) // 2, Story(hero_id))
-    stage = Stage(settings, lambda step: view.say(step))
+    window_seconds = attribution_window_seconds(len(persons), options.events_per_second)
+    stage = Stage(settings, lambda step: view.say(step), window_seconds)
     scene = Scene(
         statistics,
         {film.item_id: film for film in films},
@@ -76,7 +79,7 @@ async def run(settings: Settings, options: DemoOptions) -> tuple[int, list[str]]
         try:
             await _unless(stopping, stage.up(films, min(ENOUGH_FILMS, options.items)))
             await _act(stage, scene, Traffic(stage.settings, simulation, statistics), view, stopping)
-            problem = stage.worker_problem()
+            problem = stage.worker_problem() or stage.trainer.problem()
         except _Stopped:
             return INTERRUPTED, ["stopped before the users started; nothing is left running"]
         finally:
@@ -88,12 +91,13 @@ async def run(settings: Settings, options: DemoOptions) -> tuple[int, list[str]]
 
 
 async def _act(stage: Stage, scene: Scene, traffic: Traffic, view: View, stopping: asyncio.Event) -> None:
-    """Let the users act for the set time, until Ctrl-C, or until the worker is gone."""
+    """Let the users act for the set time, until Ctrl-C, or until the worker is gone; hear the trainer meanwhile."""
     view.say(f"{scene.persons} users start; this goes on for {scene.duration_seconds:.0f} s")
     ends_at = scene.ends_at = time.monotonic() + scene.duration_seconds
 
     async def until() -> None:
         while time.monotonic() < ends_at and stage.worker_problem() is None:
+            scene.statistics.learning.hear(stage.trainer.new_lines())
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(stopping.wait(), 1 / REFRESHES_PER_SECOND)
                 break
@@ -160,7 +164,7 @@ def _verdict(scene: Scene, stage: Stage, problem: str | None, *, interrupted: bo
     if failure and interrupted and not problem and not statistics.freshness.triggers:
         return INTERRUPTED, [*lines, failure]
     if failure:
-        return 1, [*lines, f"failed: {failure}; the worker's log is {stage.worker_log}"]
+        return 1, [*lines, f"failed: {failure}; the logs are {stage.worker_log} and {stage.trainer.log}"]
     return 0, lines
 
 
@@ -188,4 +192,21 @@ def summary(scene: Scene) -> list[str]:
             f"click rate         millstream {ours}, popularity {popular}",
             f"                   difference {difference} (95 % interval over users)",
         ]
-    return lines
+    return [*lines, *_learning(scene)]
+
+
+def _learning(scene: Scene) -> list[str]:
+    """Return what was learned from the users' clicks, and the click rates before and after it served."""
+    statistics = scene.statistics
+    learning = statistics.learning
+    if not learning.swaps:
+        return [f"model              no bundle was promoted: {learning.why_not()}", f"                   {GATE_WORDS}"]
+    lines = [
+        f"model              {swap.version} live {swap.after_seconds:.0f} s after the users started"
+        for swap in learning.swaps
+    ]
+    lines += [f"                   {outcome}: {sentence}" for outcome, sentence in learning.said if outcome in TOLD]
+    lines.append(f"                   {GATE_WORDS}")
+    for span, ours, popular in statistics.clicks.spans():
+        lines.append(f"{span + ' the swap':<18} click rate millstream {ours}, popularity {popular}")
+    return [*lines, "                   (users' rows and the counts learn all the time, with a swap or without)"]

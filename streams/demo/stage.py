@@ -26,6 +26,7 @@ from models.errors import BrokerUnavailable, DemoError
 from models.recommender import SurfaceConfig
 from streams import broker, topics
 from streams.demo.catalogue import Film
+from streams.demo.learning import WINDOW_SECONDS, TrainerProcess, learning_settings, trainer_section
 from streams.exit_codes import ExitCode
 from streams.kafka_clients import bootstrap_servers, new_admin
 from streams.sender import Outbox
@@ -79,10 +80,15 @@ class WorkerMetrics:
         self.freshness_buckets = sorted(buckets)
 
 
-def demo_settings(base: Settings, run_id: str, folder: Path, port: int) -> Settings:
-    """Return ``base`` with topics, consumer group, data folder and port of this run alone."""
+def demo_settings(
+    base: Settings, run_id: str, folder: Path, port: int, window_seconds: int = WINDOW_SECONDS
+) -> Settings:
+    """Return ``base`` with topics, consumer group, registry, data folder and port of this run alone.
+
+    ``window_seconds``: attribution window, short enough for a bundle to be learned within the run.
+    """
     surface = base.recommender.default_surface
-    return base.model_copy(
+    own = base.model_copy(
         update={
             "topics": base.topics.model_copy(
                 update={"prefix": run_id, "partitions": PARTITIONS, "recommendations_retention_hours": 1.0}
@@ -101,6 +107,7 @@ def demo_settings(base: Settings, run_id: str, folder: Path, port: int) -> Setti
             ),
         }
     )
+    return learning_settings(own, folder, window_seconds)
 
 
 def worker_environment(settings: Settings, config_file: Path, environment: Mapping[str, str]) -> dict[str, str]:
@@ -119,13 +126,14 @@ def worker_environment(settings: Settings, config_file: Path, environment: Mappi
 class Stage:
     """Sets up and takes down. Call ``down`` always, also after a failed or cancelled ``up``."""
 
-    def __init__(self, base: Settings, say: Say) -> None:
+    def __init__(self, base: Settings, say: Say, window_seconds: int = WINDOW_SECONDS) -> None:
         self.run_id = f"demo-{uuid.uuid4().hex[:8]}"
         self.folder = FOLDER.absolute() / self.run_id
         self.folder.mkdir(parents=True, exist_ok=True)
         self.log = self.folder.parent / "demo.log"
         self.worker_log = self.folder.parent / "worker.log"
-        self.settings = demo_settings(base, self.run_id, self.folder, broker.free_ports(1)[0])
+        self.settings = demo_settings(base, self.run_id, self.folder, broker.free_ports(1)[0], window_seconds)
+        self.trainer = TrainerProcess(self.folder.parent)
         self.metrics = WorkerMetrics()
         self._say = say
         self._own_kafka = False
@@ -143,7 +151,7 @@ class Stage:
         self._say(f"creating topics {self.run_id}.*")
         self._has_topics = True
         await topics.create(self.settings)
-        self._say("starting a worker and its encoder process")
+        self._say("starting a worker, its encoder process and a trainer")
         await self._start_worker()
         self._say(f"loading {len(films)} films")
         await self._load(films)
@@ -160,10 +168,10 @@ class Stage:
         return f"the worker ended {how}; its log ends with:\n{self._last_words()}"
 
     async def down(self) -> None:
-        """End the worker and everything it started, delete the topics, stop Kafka if it was started here."""
+        """End the processes and all that they started, delete the topics, stop Kafka if it was started here."""
         if self._watching is not None:
             self._watching.cancel()
-        await self._stop_worker()
+        await asyncio.gather(self.trainer.stop(), self._stop_worker())
         if self._has_topics:
             await self._delete_topics()
         if self._own_kafka:
@@ -192,7 +200,8 @@ class Stage:
 
     async def _start_worker(self) -> None:
         config_file = self.folder / "millstream.toml"
-        config_file.write_text(render_toml(self._worker_settings), "utf-8")
+        config_file.write_text(render_toml(self._worker_settings) + trainer_section(self.folder), "utf-8")
+        environment = worker_environment(self._worker_settings, config_file, os.environ)
         with self.worker_log.open("wb") as log_file:
             self._worker = await asyncio.create_subprocess_exec(
                 sys.executable,
@@ -202,11 +211,12 @@ class Stage:
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=log_file,
                 stderr=log_file,
-                env=worker_environment(self._worker_settings, config_file, os.environ),
+                env=environment,
                 # Ctrl-C in the terminal reaches the demo alone, which then ends things in order.
                 start_new_session=True,
             )
         self._watching = asyncio.create_task(self._watch())
+        await self.trainer.start(environment)
 
     async def _load(self, films: Sequence[Film]) -> None:
         topic = TopicNames.of(self.settings).items

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
 import numpy as np
+import numpy.typing as npt
 
 from models.events import Recommendation
+from streams.demo.learning import Learning
 from streams.demo.users import Half
 
+Counts = npt.NDArray[np.int64]
 RECENT_SECONDS: Final = 20.0
 RATE_SECONDS: Final = 5.0
 STORY_TOP: Final = 5
@@ -126,22 +129,33 @@ class RateInterval:
 
 
 class ClickRates:
-    """Clicks per slate shown, of both halves. ``tastes`` is the number of pairs of users."""
+    """Clicks per slate shown, of both halves. ``tastes`` is the number of pairs of users.
+
+    Counted for the whole run, and apart for the slates shown before and after the first swap of models.
+    """
 
     def __init__(self, tastes: int) -> None:
         self.shown = {half: np.zeros(tastes, np.int64) for half in Half}
         self.clicks = {half: np.zeros(tastes, np.int64) for half in Half}
+        self._after_shown = {half: np.zeros(tastes, np.int64) for half in Half}
+        self._after_clicks = {half: np.zeros(tastes, np.int64) for half in Half}
+        self._is_after = False
+        self._saw_after = {half: np.zeros(tastes, np.bool_) for half in Half}
+        """Whether the slate that a user was shown last was after it: a click counts where its slate does."""
         self._recent_shown = {half: Recent(RECENT_SECONDS) for half in Half}
         self._recent_clicks = {half: Recent(RECENT_SECONDS) for half in Half}
 
     def show(self, now: float, half: Half, taste: int) -> None:
         """Count a slate shown."""
         self.shown[half][taste] += 1
+        self._after_shown[half][taste] += self._is_after
+        self._saw_after[half][taste] = self._is_after
         self._recent_shown[half].add(now)
 
     def click(self, now: float, half: Half, taste: int) -> None:
         """Count a click."""
         self.clicks[half][taste] += 1
+        self._after_clicks[half][taste] += self._saw_after[half][taste]
         self._recent_clicks[half].add(now)
 
     def overall(self, half: Half) -> float:
@@ -154,23 +168,47 @@ class ClickRates:
         shown = len(self._recent_shown[half].values(now))
         return min(1.0, len(self._recent_clicks[half].values(now)) / shown) if shown else math.nan
 
+    def begin_after(self) -> None:
+        """Count what is shown from now on as after the swap."""
+        self._is_after = True
+
+    def spans(self, seed: int = 0) -> list[tuple[str, RateInterval, RateInterval]]:
+        """Return (span, our rate, the other half's) before and after the swap; a span without slates is left out."""
+        found = []
+        before_shown = {half: self.shown[half] - self._after_shown[half] for half in Half}
+        before_clicks = {half: self.clicks[half] - self._after_clicks[half] for half in Half}
+        for name, shown, clicks in (
+            ("before", before_shown, before_clicks),
+            ("after", self._after_shown, self._after_clicks),
+        ):
+            intervals = _pair_intervals(shown, clicks, seed)
+            if intervals is not None:
+                found.append((name, intervals[0], intervals[1]))
+        return found
+
     def intervals(self, seed: int = 0) -> tuple[RateInterval, RateInterval, RateInterval] | None:
         """Return our rate, the other half's, and the difference, each with a bootstrap interval over pairs of users.
 
         The two users of a pair have the same taste and are drawn together. None where a half was shown nothing.
         """
-        if not all(self.shown[half].sum() for half in Half):
-            return None
-        rng = np.random.default_rng(seed)
-        pairs = len(self.shown[Half.OURS])
-        drawn = rng.integers(0, pairs, (RESAMPLES, pairs))
-        rates = {half: self.clicks[half][drawn].sum(1) / np.maximum(self.shown[half][drawn].sum(1), 1) for half in Half}
-        ours, popular = self.overall(Half.OURS), self.overall(Half.POPULAR)
-        return (
-            _interval(ours, rates[Half.OURS]),
-            _interval(popular, rates[Half.POPULAR]),
-            _interval(ours - popular, rates[Half.OURS] - rates[Half.POPULAR]),
-        )
+        return _pair_intervals(self.shown, self.clicks, seed)
+
+
+def _pair_intervals(
+    shown: Mapping[Half, Counts], clicks: Mapping[Half, Counts], seed: int
+) -> tuple[RateInterval, RateInterval, RateInterval] | None:
+    if not all(shown[half].sum() for half in Half):
+        return None
+    rng = np.random.default_rng(seed)
+    pairs = len(shown[Half.OURS])
+    drawn = rng.integers(0, pairs, (RESAMPLES, pairs))
+    rates = {half: clicks[half][drawn].sum(1) / np.maximum(shown[half][drawn].sum(1), 1) for half in Half}
+    ours, popular = (int(clicks[half].sum()) / int(shown[half].sum()) for half in (Half.OURS, Half.POPULAR))
+    return (
+        _interval(ours, rates[Half.OURS]),
+        _interval(popular, rates[Half.POPULAR]),
+        _interval(ours - popular, rates[Half.OURS] - rates[Half.POPULAR]),
+    )
 
 
 def _interval(rate: float, resampled: np.ndarray[tuple[int, ...], np.dtype[np.float64]]) -> RateInterval:
@@ -233,6 +271,7 @@ class Statistics:
     degraded: int = 0
     freshness: Freshness = field(default_factory=Freshness)
     clicks: ClickRates = field(init=False)
+    learning: Learning = field(default_factory=Learning)
     started_at: float = 0.0
     _events: Recent = field(default_factory=lambda: Recent(RATE_SECONDS))
 

@@ -14,7 +14,7 @@ from aiokafka.errors import KafkaError
 from models.errors import BrokerUnavailable, DeliveryError, RecordError
 from models.events import RECOMMENDATION_CODEC, Action, Event, ImpressedItem, Impression, Request
 from streams.demo.statistics import Statistics
-from streams.demo.users import Ask, Click, Deed, Simulation
+from streams.demo.users import Ask, Click, Deed, Half, Simulation
 from streams.kafka_clients import new_consumer, new_producer
 from streams.settings import Settings
 from streams.topics import TopicNames
@@ -153,7 +153,8 @@ class Traffic:
             request_id=deed.slate_id,
             surface=SURFACE,
             items=[ImpressedItem(item_id, position) for position, item_id in enumerate(deed.items, 1)],
-            experiment=person.half.value,
+            # Ours is echoed as it came, so that the trainer knows whose choice was shown.
+            experiment=deed.experiment if person.half is Half.OURS else person.half.value,
         )
 
     async def _read(self) -> None:
@@ -176,7 +177,10 @@ class Traffic:
         statistics.slates += 1
         statistics.degraded += slate.degraded
         took_ms = statistics.freshness.arrived(now, slate.user_id, slate.trigger.offset, arrived_ms)
-        self._simulation.slate(slate.user_id, [i.item_id for i in slate.items], slate.recommendation_id, now)
+        if statistics.learning.slate(slate.model_version, slate.experiment, now, time.time(), statistics.started_at):
+            statistics.clicks.begin_after()
+        items = [i.item_id for i in slate.items]
+        self._simulation.slate(slate.user_id, items, slate.recommendation_id, now, slate.experiment)
         if slate.user_id == statistics.story.user_id:
             statistics.story.slate(slate, took_ms[-1] if took_ms else float("nan"))
 

@@ -189,6 +189,8 @@ class Show:
     person: Person
     items: list[str]
     slate_id: str | None
+    experiment: str | None = None
+    """As the slate had it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,7 +218,8 @@ class _Mind:
 
     turn: int = 0
     waiting: bool = False
-    slate: tuple[list[str], str | None] = field(default_factory=lambda: ([], None))
+    slate: tuple[list[str], str | None, str | None] = field(default_factory=lambda: ([], None, None))
+    """Items, id and experiment of the slate at hand."""
     click: str | None = None
     after_click: bool = False
 
@@ -259,14 +262,16 @@ class Simulation:
                 deeds += self._do(self.persons[user_id], what, at)
         return deeds
 
-    def slate(self, user_id: str, items: Sequence[str], slate_id: str, now: float) -> bool:
+    def slate(
+        self, user_id: str, items: Sequence[str], slate_id: str, now: float, experiment: str | None = None
+    ) -> bool:
         """Hand a user of our half a slate; returns whether they were waiting for one."""
         mind = self._minds.get(user_id)
         known = [i for i in items if i in self.world.place]
         if mind is None or not mind.waiting or not known:
             return False
         mind.waiting = False
-        mind.slate = (known, slate_id)
+        mind.slate = (known, slate_id, experiment)
         self._plan(user_id, now + (self._about(0.5) if mind.after_click else 0.0), _Next.LOOK)
         return True
 
@@ -275,7 +280,7 @@ class Simulation:
         if what is _Next.OPEN:
             return self._open(person, mind, at)
         if what is _Next.LOOK:
-            items, slate_id = mind.slate
+            items, slate_id, experiment = mind.slate
             if person.half is Half.POPULAR:
                 items = self.popular.slate(person, self._k)
             mind.click = person.look(self.world, items, self._rng)
@@ -283,7 +288,7 @@ class Simulation:
                 self._plan(person.user_id, at + self._about(1.0), _Next.OPEN)
             else:
                 self._plan(person.user_id, at + self._about(0.5), _Next.CLICK)
-            return [Show(person, items, slate_id)]
+            return [Show(person, items, slate_id, experiment)]
         if what is _Next.CLICK and mind.click is not None:
             self.popular.click(mind.click)
             mind.after_click = True

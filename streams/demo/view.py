@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from streams.demo.catalogue import Film
+from streams.demo.learning import Swap
 from streams.demo.stage import WorkerMetrics
 from streams.demo.statistics import RECENT_SECONDS, Line, Statistics, Story
 from streams.demo.users import Half, Taste
@@ -24,6 +25,8 @@ from streams.demo.users import Half, Taste
 REFRESHES_PER_SECOND: Final = 4
 PLAIN_SECONDS: Final = 5.0
 BAR_WIDTH: Final = 16
+LOUD_SECONDS: Final = 15.0
+"""How long a swap stands out."""
 LOUD, QUIET, GOOD, NEW = "bold", "dim", "green", "bold yellow"
 
 
@@ -67,11 +70,17 @@ def plain_line(scene: Scene, now: float) -> str:
     )
 
 
+def swap_line(swap: Swap) -> str:
+    """Return the moment of a swap in one line."""
+    clock = time.strftime("%H:%M:%S", time.localtime(swap.clock))
+    return f"*** {clock}, {swap.after_seconds:.0f} s: {swap.version}, learned from these clicks, makes the slates now"
+
+
 def render(scene: Scene, now: float) -> RenderableType:
     """Return the whole view: 100 × 30 is enough."""
     layout = Layout()
     layout.split_column(
-        Layout(_header(scene, now), name="header", size=3),
+        Layout(_header(scene, now), name="header", size=4),
         Layout(name="figures", size=8),
         Layout(name="below"),
     )
@@ -97,7 +106,25 @@ def _header(scene: Scene, now: float) -> Panel:
         right = Text(doing, style=QUIET)
     title = Text.assemble(("Millstream", LOUD), f"  {scene.persons} simulated users")
     line.add_row(title, right)
-    return Panel(line, border_style="blue")
+    return Panel(Group(line, _model(scene, now)), border_style="blue")
+
+
+def _model(scene: Scene, now: float) -> Text:
+    """Return which model makes the slates, and what the trainer does; a new one is loud for a while."""
+    learning = scene.statistics.learning
+    if not learning.version:
+        return Text("")
+    text = Text(no_wrap=True, overflow="ellipsis")
+    text.append("model ", style=QUIET)
+    if learning.swaps:
+        swap = learning.swaps[-1]
+        clock = time.strftime("%H:%M:%S", time.localtime(swap.clock))
+        text.append(swap.version, style=NEW if now - swap.at < LOUD_SECONDS else GOOD)
+        text.append(f" live since {clock}, after {swap.after_seconds:.0f} s", style=GOOD)
+    else:
+        text.append(learning.version)
+    text.append(f"  ·  {learning.doing}", style=QUIET)
+    return text
 
 
 def _pairs(rows: list[tuple[str, str, str]]) -> Table:
@@ -239,6 +266,7 @@ class View:
         self._plain = plain or not self._console.is_terminal
         self._live: Live | None = None
         self._printed_at = -math.inf
+        self._told = self._marked = 0
 
     def __enter__(self) -> View:
         if not self._plain:
@@ -255,12 +283,22 @@ class View:
         """Tell what is being done now."""
         self._scene.steps.append(step)
         if self._live is None:
-            self._console.print(step, highlight=False, markup=False, soft_wrap=True)
+            self._print(step)
 
     def update(self, now: float) -> None:
         """Show the scene as it is now."""
         if self._live is not None:
             self._live.update(render(self._scene, now), refresh=True)
-        elif self._scene.ends_at is not None and now - self._printed_at >= PLAIN_SECONDS:
+            return
+        learning = self._scene.statistics.learning
+        for outcome, sentence in learning.said[self._told :]:
+            self._print(f"trainer: {outcome}: {sentence}")
+        for swap in learning.swaps[self._marked :]:
+            self._print(swap_line(swap))
+        self._told, self._marked = len(learning.said), len(learning.swaps)
+        if self._scene.ends_at is not None and now - self._printed_at >= PLAIN_SECONDS:
             self._printed_at = now
-            self._console.print(plain_line(self._scene, now), highlight=False, markup=False, soft_wrap=True)
+            self._print(plain_line(self._scene, now))
+
+    def _print(self, line: str) -> None:
+        self._console.print(line, highlight=False, markup=False, soft_wrap=True)
