@@ -27,6 +27,8 @@ from models.signing import POINTER_CONTEXT, PrivateKey, PublicKey
 Role = Literal["candidate", "live", "previous"]
 ROLES: Final[tuple[Role, ...]] = get_args(Role)
 MAX_POINTER_BYTES: Final = 16_384
+MAX_GENERATION: Final = (1 << 32) - 1
+"""User rows keep the generation that they were written under in 32 bits."""
 GUARD_FILE: Final = "pointer-guard.json"
 _HEX_SHA256: Final = frozenset("0123456789abcdef")
 
@@ -90,7 +92,7 @@ def decode(record_key: bytes | None, value: bytes) -> Pointer:
         pointer = msgspec.json.decode(value, type=Pointer)
         if record_key != pointer.key:
             raise ValueError(f"its key is {record_key!r}, not {pointer.key!r}")
-        if not 0 < pointer.generation < 1 << 63:
+        if not 0 < pointer.generation <= MAX_GENERATION:
             raise ValueError(f"its generation is {pointer.generation}")
         if pointer.version and not pointer.is_bootstrap:
             check_version(pointer.version)

@@ -124,7 +124,7 @@ def test_a_record_of_another_name_is_nobodys_business(tmp_path: Path) -> None:
         pointer(manifest_sha256="").encode(),
         pointer(manifest_sha256="Z" * 64).encode(),
         pointer(generation=0).encode(),
-        pointer(generation=1 << 63).encode(),
+        pointer(generation=1 << 32).encode(),
         pointer(name="other").encode(),
     ],
 )
