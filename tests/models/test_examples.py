@@ -7,6 +7,8 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from models.errors import RecordError
 from models.examples import (
@@ -17,6 +19,7 @@ from models.examples import (
     encode,
     label_values,
     raw_slates,
+    state_fields,
 )
 
 
@@ -150,3 +153,19 @@ def test_clicked_places_are_ones() -> None:
 def test_labels_of_a_longer_impression_are_refused() -> None:
     with pytest.raises(RecordError, match="place 4 of 4 items"):
         label_values(labels(), 4)
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    sizes=st.lists(st.tuples(st.integers(1, 20), st.integers(0, 16)), min_size=1, max_size=6), seed=st.integers(0, 99)
+)
+def test_slates_give_back_the_bytes_that_they_were_made_of(sizes: list[tuple[int, int]], seed: int) -> None:
+    random = np.random.default_rng(seed)
+    records = []
+    for k, recent in sizes:
+        whole = features(k, recent)
+        noise = {name: random.bytes(len(getattr(whole, name))) for name in ("items", "counters", "shown_age_seconds")}
+        records.append(msgspec.structs.replace(whole, **noise))
+    raw = raw_slates(records)
+    for slate, one in enumerate(records):
+        assert {name: getattr(one, name) for name in state_fields(raw, slate)} == state_fields(raw, slate)
