@@ -80,7 +80,8 @@ class FinetuneLearner:
         losses = [trained.metrics["train_loss"], trained.metrics["loss_held_back"]] if course.epochs else []
         auc = trained.metrics.get("auc_held_back", float("nan"))
         log.info("trained", version=identity.version, seconds={k: round(v, 1) for k, v in trained.seconds.items()})
-        return Learned(contents, losses, auc, course.start.auc, improved=bool(course.best_epoch))
+        # A first model's start is no bundle that serves: the gate may still find it better than the bootstrap.
+        return Learned(contents, losses, auc, course.start.auc, improved=bool(course.best_epoch) or parent is None)
 
     def score(self, bundle: Bundle, records: Sequence[FeaturesRecord], items: ItemFacts) -> list[F32]:
         """Return the calibrated log-odds of each impression's items, as a worker computes them.

@@ -105,7 +105,7 @@ class Learned:
     auc_before: float
     """Of what it started from, on the same slice; NaN where it cannot be told."""
     improved: bool = True
-    """False: no epoch was better on the held-back slice than the start."""
+    """False: no epoch was better on the held-back slice than the parent."""
 
 
 class Learner(Protocol):
@@ -459,7 +459,7 @@ class Round:
         if not learned.improved:
             self._state.learned_to_ms = identity.window.to_ms
             save_state(config.data_folder, self._state)
-            result.add("nothing-learned", f"no epoch on {len(examples):,} impressions was better than the start")
+            result.add("nothing-learned", f"no epoch on {len(examples):,} impressions was better than the parent")
             return
         contents = learned.contents
         contents.metrics = {**contents.metrics, "positive_rate": rate}

@@ -51,6 +51,7 @@ class World:
     next_skill: float = 1.0
     next_auc: tuple[float, float] = (0.7, 0.6)
     losses: tuple[float, ...] = (0.5, 0.4)
+    improved: bool = True
     statuses: list[WorkerStatus] = field(default_factory=list)
     stopping: bool = False
     before_call: Callable[[str], None] = lambda _: None
@@ -247,7 +248,7 @@ class FakeLearner:
             window=identity.window,
             parent=parent.version if parent else None,
         )
-        return Learned(made, world.losses, *world.next_auc)
+        return Learned(made, world.losses, *world.next_auc, improved=world.improved)
 
     def score(self, bundle: Bundle, records: Sequence[FeaturesRecord], items: ItemFacts) -> list[F32]:
         """Return what the world says of the version's skill."""

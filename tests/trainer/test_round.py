@@ -84,6 +84,22 @@ def test_a_candidate_of_noise_is_withdrawn_and_the_live_one_stays(world: World) 
     assert (world.role("live"), world.role("candidate") == version) == (None, False)
 
 
+def test_a_refused_candidate_loses_its_role_though_no_other_follows(world: World) -> None:
+    world.next_skill = 0.0
+    version = candidate(world)
+    world.impressions(300, shadows=[version])
+    world.losses = (float("nan"),)
+    assert world.round().outcomes == ["refused", "loss-not-finite"]
+    assert world.role("candidate") is None
+
+
+def test_a_training_that_is_no_better_than_its_parent_is_not_published(world: World) -> None:
+    world.improved = False
+    world.impressions(300)
+    assert world.round().outcomes == ["nothing-learned"]
+    assert (world.registry.versions(), world.round().outcomes) == ([], ["nothing-new"])
+
+
 def test_a_second_candidate_is_judged_against_the_learned_live_one(world: World) -> None:
     live = promoted(world)
     second = world.role("candidate")
