@@ -1,0 +1,407 @@
+"""``python -m benchmarks.quality mind PATH``: is a fine-tuned encoder worth more than the frozen one?
+
+    python -m benchmarks.quality mind PATH [--seeds 3] [--features text|all] [--encoder top|lora] [--cache FOLDER]
+
+PATH holds the parts `train` and `validation` of MIND's layout. The log goes through the pure core in time order, by the
+hour; both arms learn from the same histories (clicks before the first impression) and then from the impressions of
+`train`, with the same steps, rates, losses and seeds, and differ in one switch, TrainingConfig.encoder. Nothing of
+`validation` but its users' histories is learned from. Printed: mean AUC over impressions of `validation` of each arm
+and their paired difference, seeds averaged, with a bootstrap interval clustered by user.
+
+``text``: item texts and the 16 items of the row, nothing else. ``all``: the text arms' encoders and projections with
+every live feature (``--unclicked-weight``: impressions that an unclicked item of `validation` stands for, since only
+one of each slate was kept).
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Final, Literal
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from models.bootstrap import Space, find_or_compute_space
+from models.bundle import ItemEncodings
+from models.ctr import CONSTANT_STD, CtrScorer
+from models.ctr_module import first_tensors
+from models.encoder import EncoderConfig, TextEncoder, item_text
+from models.encoder_delta import EncoderDelta
+from models.errors import LogFormatError, MillstreamError
+from models.evaluation import auc_per_impression, bootstrap_mean
+from models.examples import FeaturesRecord
+from models.features import FeatureConfig, columns
+from models.hashing import hash64
+from models.logs import LogReader, open_log
+from trainer.batches import TrainingSet, fit_priors, prepare, time_order
+from trainer.encodings import OutputCache, SplitEncoder
+from trainer.finetune import StartingPoint, Trained, train
+from trainer.history import HistoryConfig, learn_histories
+from trainer.log_examples import LogConfig, LogExamples, catalogue_of, log_examples, thinned
+from trainer.scoring import ItemTable, encode_items, score
+from trainer.training_config import TrainingConfig
+
+F32 = npt.NDArray[np.float32]
+F64 = npt.NDArray[np.float64]
+Arm = Literal["frozen", "top", "lora"]
+Progress = Callable[[str], None]
+
+HOUR_SECONDS: Final = 3_600.0
+FIRST_SCALE: Final = 10.0
+"""s of the first scorer: a sampled softmax over 128 items needs sharper logits than a slate."""
+CACHE_BYTES: Final = 8 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """What both arms do, in the order in which they do it."""
+
+    max_tokens: int = 32
+    history_items: int = 40
+    """Latest items of each history that are learned from."""
+    warm: HistoryConfig = field(default_factory=lambda: HistoryConfig(steps=1_000))
+    """With the encoder frozen, once for both arms of a seed."""
+    history: HistoryConfig = field(default_factory=lambda: HistoryConfig(steps=200, users=24, targets=12))
+    """With the arm's encoder."""
+    history_rates: TrainingConfig = field(
+        default_factory=lambda: TrainingConfig(
+            learning_rate=1e-3, projection_learning_rate=1e-3, encoder_learning_rate=1e-4
+        )
+    )
+    tune_on_impressions: bool = False
+    """Whether the arm's encoder is trained on impressions as well, or stays as histories left it."""
+    text_unclicked: int = 4
+    text: TrainingConfig = field(
+        default_factory=lambda: TrainingConfig(
+            epochs=4,
+            encoder_interval=8,
+            batch_impressions=256,
+            learning_rate=5e-4,
+            projection_learning_rate=5e-4,
+            encoder_learning_rate=3e-5,
+            cross_entropy_weight=0.0,
+            residuals=False,
+            positions=0,
+            held_back_share=0.08,
+            calibration_share=0.04,
+            stop_on="auc",
+        )
+    )
+    """On impressions of `train`, each click with ``text_unclicked`` items of its slate."""
+    pairs_per_click: int = 4
+    all: TrainingConfig = field(
+        default_factory=lambda: TrainingConfig(
+            epochs=6,
+            batch_impressions=256,
+            learning_rate=1e-3,
+            projection=False,
+            cross_entropy_weight=0.0,
+            residuals=False,
+            positions=0,
+            dropout=0.3,
+            held_back_share=0.08,
+            calibration_share=0.04,
+            stop_on="auc",
+        )
+    )
+    """On pairs of a click and an unclicked item, the text side as the text arm left it."""
+
+
+@dataclass(slots=True)
+class Data:
+    """What both arms learn from and are judged on."""
+
+    encoder: TextEncoder
+    space: Space
+    texts: dict[int, str]
+    """Of items shown, and of the latest items of histories."""
+    train: LogExamples
+    validation: LogExamples
+    cache: Path
+    tick_seconds: float = HOUR_SECONDS
+
+
+@dataclass(slots=True)
+class Outcome:
+    """AUC of each impression of `validation`, for one arm and one seed."""
+
+    aucs: F64
+    seconds: float
+    note: str
+
+
+def load(kind: str, path: Path, cache: Path, recipe: Recipe, unclicked_weight: float, say: Progress) -> Data:
+    """Read the log through the pure core, its items in the bootstrap space."""
+    split_ms = _first_impression_ms(open_log(kind, path / "validation"))
+    reader = open_log(kind, path)
+    items = {hash64(item.item_id): item for item in reader.items()}
+    needed = _needed(reader, recipe.history_items)
+    texts = {h: item_text(item) for h, item in items.items() if h in needed and item_text(item)}
+    encoder = TextEncoder.load(EncoderConfig(max_tokens=recipe.max_tokens, batch_texts=64, device="auto"))
+    space = find_or_compute_space(encoder, cache)
+    say(f"{len(texts):,} texts to encode with {encoder.encoder_id}")
+    table = ItemTable(space, encode_items(encoder, texts, OutputCache(cache, CACHE_BYTES)))
+    config = LogConfig(
+        tick_seconds=HOUR_SECONDS,
+        count_history=False,
+        unclicked_weight=unclicked_weight,
+        thinned_from_ms=split_ms,
+    )
+    made = log_examples(reader, catalogue_of(items.values(), table), space.space_id, config)
+    later = np.array([record.time_ms >= split_ms for record in made.records])
+    made.histories = {user: history[-recipe.history_items :] for user, history in made.histories.items()}
+    return Data(encoder, space, texts, made.part(~later), made.part(later), cache)
+
+
+def _first_impression_ms(reader: LogReader) -> int:
+    for event in reader.events():
+        if not event.is_history:
+            return event.time_ms
+    raise LogFormatError("the part `validation` has no impressions: nothing can be judged")
+
+
+def _needed(reader: LogReader, history_items: int) -> set[int]:
+    """Return the items shown, and the latest of each history, by hash."""
+    shown: set[str] = set()
+    histories: dict[str, list[str]] = {}
+    for event in reader.events():
+        if event.is_history:
+            histories.setdefault(event.event.user_id, []).append(getattr(event.event, "item_id"))  # noqa: B009
+        else:
+            shown.update(item.item_id for item in getattr(event.event, "items", ()))
+    for history in histories.values():
+        shown.update(history[-history_items:])
+    return {hash64(item) for item in shown}
+
+
+def text_only(examples: LogExamples) -> LogExamples:
+    """Return impressions of which nothing is known but items and the user's recent ones.
+
+    Their times are told apart by a millisecond each, so that their order stays and no hour or weekday is seen.
+    """
+    made = LogExamples(labels=examples.labels, histories=examples.histories)
+    for number, record in enumerate(examples.records):
+        k = len(record)
+        empty: dict[str, Any] = {
+            "time_ms": number,
+            "counters": bytes(len(record.counters)),
+            "sims": bytes(len(record.sims)),
+            "shown_counts": bytes(k),
+            "shown_age_seconds": np.full(k, np.nan, "<f4").tobytes(),
+            "age_seconds": np.full(k, np.nan, "<f4").tobytes(),
+            "user_counts": (0, 0, 0),
+        }
+        made.records.append(msgspec.structs.replace(record, **empty))
+    return made
+
+
+def first_scorer(examples: LogExamples, config: TrainingConfig, seed: int, dim: int) -> tuple[CtrScorer, FeatureConfig]:
+    """Return an untrained scorer whose features are standardised by ``examples``, and its feature encoding."""
+    features = fit_priors(examples.records)
+    slates = prepare(time_order(TrainingSet(examples.records, examples.labels, {})), features)
+    mean, std = slates.x.mean(axis=0, dtype=np.float64), slates.x.std(axis=0, dtype=np.float64)
+    std = np.where(std > 1e-4 * np.maximum(1.0, np.abs(mean)), std, CONSTANT_STD)
+    shape = config.ctr_config(len(columns(features)), dim)
+    tensors = first_tensors(shape, mean.astype(np.float32), std.astype(np.float32), float(slates.labels.mean()), seed)
+    tensors["head.scale"][:] = FIRST_SCALE
+    return CtrScorer(shape, tensors), features
+
+
+class Contest:
+    """Both arms, seed by seed."""
+
+    def __init__(self, data: Data, recipe: Recipe, arm: Arm, device: str, say: Progress) -> None:
+        self._data, self._recipe, self._arm, self._say = data, recipe, arm, say
+        self._device = device
+        slates = thinned(data.train, recipe.text_unclicked, 1, seed=0)
+        self._text_train, self._text_validation = text_only(slates), text_only(data.validation)
+        self._pairs = thinned(data.train, 1, recipe.pairs_per_click, seed=0)
+        self._users = np.array([record.user_id for record in data.validation.records])
+
+    def run_seed(self, seed: int, with_all: bool) -> dict[tuple[str, Arm], Outcome]:
+        """Return the outcomes of both arms with one seed, by features and arm."""
+        data, recipe = self._data, self._recipe
+        rates = self._settled(recipe.history_rates, seed, "frozen")
+        scorer, features = first_scorer(self._text_train, recipe.text, seed, data.space.dim)
+        start = StartingPoint(data.space, data.encoder, None, scorer, features)
+        began = time.perf_counter()
+        warm, losses = self._histories(start, rates, recipe.warm, f"warm-{seed}")
+        warm_seconds = time.perf_counter() - began
+        self._say(f"seed {seed}: histories, encoder frozen, loss {_course(losses)}, {warm_seconds:.0f} s")
+        outcomes: dict[tuple[str, Arm], Outcome] = {}
+        for arm in ("frozen", self._arm):
+            outcomes |= self._run_arm(seed, arm, warm, warm_seconds, with_all)
+        return outcomes
+
+    def _run_arm(
+        self, seed: int, arm: Arm, warm: StartingPoint, warm_seconds: float, with_all: bool
+    ) -> dict[tuple[str, Arm], Outcome]:
+        data, recipe = self._data, self._recipe
+        began = time.perf_counter()
+        rates = self._settled(recipe.history_rates, seed, arm)
+        start, losses = self._histories(warm, rates, recipe.history, f"history-{arm}-{seed}")
+        self._say(f"seed {seed}, {arm}: histories, loss {_course(losses)}, {time.perf_counter() - began:.0f} s")
+        # Also what a training with this encoder frozen finds in the cache.
+        encodings = self.encodings(start.delta)
+        settled = self._settled(recipe.text, seed, arm if recipe.tune_on_impressions else "frozen")
+        made = self._train(self._text_train, start, settled, f"text-{arm}-{seed}")
+        if made.delta is not start.delta:
+            encodings = self.encodings(made.delta)
+        aucs = self._aucs(made, encodings, self._text_validation.records)
+        seconds = warm_seconds + time.perf_counter() - began
+        note = f"best epoch {made.course.best_epoch} of {len(made.course.epochs)}"
+        outcomes: dict[tuple[str, Arm], Outcome] = {("text", arm): Outcome(aucs, seconds, note)}
+        self._say(f"seed {seed}, {arm}, text: AUC {np.nanmean(aucs):.4f}, {note}, {seconds:.0f} s")
+        if with_all:
+            began = time.perf_counter()
+            whole = self._train_all(made, seed)
+            aucs = self._aucs(whole, encodings, data.validation.records)
+            note = f"best epoch {whole.course.best_epoch} of {len(whole.course.epochs)}"
+            outcomes["all", arm] = Outcome(aucs, time.perf_counter() - began, note)
+            self._say(f"seed {seed}, {arm}, all: AUC {np.nanmean(aucs):.4f}, {note}")
+        return outcomes
+
+    def _settled(self, config: TrainingConfig, seed: int, arm: Arm) -> TrainingConfig:
+        device = {"seed": seed, "encoder": arm, "cache_bytes": CACHE_BYTES, "device": self._device}
+        return config.model_copy(update=device)
+
+    def _histories(
+        self, start: StartingPoint, rates: TrainingConfig, history: HistoryConfig, name: str
+    ) -> tuple[StartingPoint, list[float]]:
+        data = self._data
+        return learn_histories(
+            data.train.histories, data.texts, start, rates, history, new_space_id=name, cache_folder=data.cache
+        )
+
+    def _train(self, examples: LogExamples, start: StartingPoint, config: TrainingConfig, name: str) -> Trained:
+        chosen = TrainingSet(examples.records, examples.labels, self._data.texts)
+        return train(chosen, start, config, new_space_id=name, cache_folder=self._data.cache)
+
+    def _train_all(self, text: Trained, seed: int) -> Trained:
+        """Train a head with all features on top of a text arm, whose encoder and projection stay as they are."""
+        data, recipe = self._data, self._recipe
+        first, features = first_scorer(self._pairs, recipe.text, seed, data.space.dim)
+        own = {"feature_mean", "feature_std", "head.features"}
+        tensors = {name: (first if name in own else text.scorer).tensors[name] for name in first.tensors}
+        tensors["head.features"] = np.zeros_like(tensors["head.features"])
+        scorer = CtrScorer(text.scorer.config, tensors)
+        start = StartingPoint(text.space, data.encoder, text.delta, scorer, features)
+        return self._train(self._pairs, start, self._settled(recipe.all, seed, "frozen"), f"all-{seed}")
+
+    def encodings(self, delta: EncoderDelta | None) -> ItemEncodings:
+        """Return the base encodings of all texts under an encoder, by way of the kept outputs of its frozen layers.
+
+        They are kept under the encoder's own name, so that a training with it frozen does not make them again.
+        """
+        data, cache = self._data, OutputCache(self._data.cache, CACHE_BYTES)
+        if delta is None:
+            return encode_items(data.encoder, data.texts, cache)
+        config = TrainingConfig(encoder="top", top_layers=self._recipe.text.top_layers, device=self._device)
+        device = torch.device("cuda" if torch.cuda.is_available() and self._device != "cpu" else "cpu")
+        layers = SplitEncoder(data.encoder, delta, config, device, "float32")
+        texts = list(dict.fromkeys(data.texts.values()))
+        layers.load(texts, cache)
+        layers.module.eval()
+        places = {text: place for place, text in enumerate(texts)}
+
+        def compute(missing: list[str]) -> Any:
+            for start in range(0, len(missing), 512):
+                rows = np.array([places[text] for text in missing[start : start + 512]], np.int64)
+                with torch.inference_mode():
+                    encoded = layers.encode(rows).cpu().numpy()
+                yield from (row[None].astype(np.float16) for row in encoded)
+
+        name = f"{delta.encoder_id}/base/{data.encoder.module.dtype}"
+        base = np.concatenate(cache.fill(name, texts, compute, lambda done, total: None))
+        hashes = np.array(sorted(data.texts), np.uint64)
+        own = [data.texts[item] for item in sorted(data.texts)]
+        contents = np.array([hash64(text) for text in own], np.uint64)
+        return ItemEncodings(hashes, contents, base[[places[text] for text in own]])
+
+    def _aucs(self, made: Trained, encodings: ItemEncodings, records: Sequence[FeaturesRecord]) -> F64:
+        table = ItemTable(made.space, encodings)
+        scores = score(made.scorer, made.features, table, records)
+        return auc_of(scores, self._data.validation.labels)
+
+    def verdict(self, outcomes: Sequence[Mapping[tuple[str, Arm], Outcome]], features: str) -> str:
+        """Return the figures of all seeds as a line: mean AUCs, and the paired difference with its interval."""
+        frozen, tuned = ([o[features, arm] for o in outcomes] for arm in ("frozen", self._arm))
+        frozen_mean = np.mean([o.aucs for o in frozen], axis=0)
+        tuned_mean = np.mean([o.aucs for o in tuned], axis=0)
+        gap = bootstrap_mean(tuned_mean - frozen_mean, self._users)
+        one_by_one = ", ".join(
+            f"{np.nanmean(t.aucs) - np.nanmean(f.aucs):+.4f}" for f, t in zip(frozen, tuned, strict=True)
+        )
+        return (
+            f"{features}: frozen {np.nanmean(frozen_mean):.4f}, {self._arm} {np.nanmean(tuned_mean):.4f}, "
+            f"difference {gap.mean:+.4f} [{gap.low:+.4f}, {gap.high:+.4f}] over {len(self._users):,} impressions of "
+            f"{len(np.unique(self._users)):,} users, {len(outcomes)} seeds ({one_by_one}); "
+            f"{np.mean([o.seconds for o in frozen]):.0f} s and {np.mean([o.seconds for o in tuned]):.0f} s a seed"
+        )
+
+
+def auc_of(scores: Sequence[F32], labels: Sequence[F32]) -> F64:
+    """Return the AUC of each impression [I], from scores and labels [K] of each."""
+    numbers = np.repeat(np.arange(len(scores)), [len(values) for values in scores])
+    return auc_per_impression(np.concatenate(scores), np.concatenate(labels), numbers)
+
+
+def _course(losses: Sequence[float]) -> str:
+    return f"{losses[0]:.3f} → {losses[-1]:.3f}"
+
+
+def main() -> None:
+    """Run the contest and print its figures."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.quality", description=__doc__.split("\n")[0])
+    parser.add_argument("kind", choices=["mind"])
+    parser.add_argument("path", type=Path, help="folder with the parts train and validation")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--first-seed", type=int, default=0)
+    parser.add_argument("--features", choices=["text", "all"], default="all", help="all: text and then all features")
+    parser.add_argument("--encoder", choices=["top", "lora"], default="top")
+    parser.add_argument("--unclicked-weight", type=float, default=10.0)
+    parser.add_argument("--warm-steps", type=int, help="steps on histories before the encoder is trained")
+    parser.add_argument("--history-steps", type=int, help="steps on histories in which it is")
+    parser.add_argument("--tune-on-impressions", action="store_true", help="train the encoder there as well")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    parser.add_argument("--cache", type=Path, help="keeps encodings for the next run; default: a temporary folder")
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    recipe = Recipe(tune_on_impressions=given.tune_on_impressions)
+    if given.warm_steps:
+        recipe = replace(recipe, warm=recipe.warm.model_copy(update={"steps": given.warm_steps}))
+    if given.history_steps:
+        recipe = replace(recipe, history=recipe.history.model_copy(update={"steps": given.history_steps}))
+    began = time.perf_counter()
+
+    def say(text: str) -> None:
+        print(f"{time.perf_counter() - began:6.0f} s  {text}", flush=True)
+
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            data = load(given.kind, given.path, given.cache or Path(folder), recipe, given.unclicked_weight, say)
+            say(f"impressions: {len(data.train.records):,} to learn from, {len(data.validation.records):,} to judge on")
+            contest = Contest(data, recipe, given.encoder, given.device, say)
+            outcomes = []
+            for seed in range(given.first_seed, given.first_seed + given.seeds):
+                outcomes.append(contest.run_seed(seed, given.features == "all"))
+                for features in ("text", "all")[: 1 + (given.features == "all")]:
+                    say(contest.verdict(outcomes, features))
+        except MillstreamError as error:
+            sys.exit(f"{error}")
+
+
+if __name__ == "__main__":
+    main()
