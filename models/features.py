@@ -153,6 +153,10 @@ class RawSlates:
             time_ms=np.zeros(slates, np.int64),
         )
 
+    def take(self, at: npt.NDArray[np.integer] | slice) -> RawSlates:
+        """Return the slates at ``at``."""
+        return RawSlates(*(getattr(self, name)[at] for name in self.__slots__))
+
 
 def columns(config: FeatureConfig) -> tuple[str, ...]:
     """Return the names of the columns that ``encode`` makes under ``config``."""
