@@ -286,9 +286,9 @@ class Registry:
         if not target.exists():
             return False
         try:
-            verify_files(target, manifest_sha256=manifest_sha256, content=True)
+            verify_files(target, self._config.trusted(), manifest_sha256=manifest_sha256, content=True)
         except BundleError:
-            # Another version's, or damaged: the registry has the right one.
+            # Another bundle's, damaged, or fetched before it was signed: the registry may have the right one.
             remove_folder(target)
             return False
         os.utime(target)

@@ -213,6 +213,15 @@ def test_a_copy_of_another_bundle_under_the_same_version_gives_way(registry: Reg
     load(registry.fetch("v1", tmp_path / "cache", manifest_sha256=wanted), manifest_sha256=wanted)
 
 
+def test_a_copy_from_before_it_was_signed_gives_way_where_a_key_is_configured(
+    config: RegistryConfig, registry: Registry, tmp_path: Path
+) -> None:
+    published(registry, tmp_path, private_key=KEY)
+    (registry.fetch("v1", tmp_path / "cache") / SIGNATURE).unlink()
+    trusting = Registry(config.model_copy(update={"public_key": KEY.public.text}))
+    load(trusting.fetch("v1", tmp_path / "cache"), KEY.public)
+
+
 def test_fetchers_at_the_same_time_all_get_the_whole_bundle(tmp_path: Path) -> None:
     # A folder: readers of fsspec's memory:// share one file position.
     registry = Registry(RegistryConfig(url=str(tmp_path / "registry")))
