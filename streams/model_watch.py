@@ -189,31 +189,35 @@ class ModelWatch:
                 await self._read_pointers()
             await self._assign()
             due = self._next()
+            if not self.decided.is_set() and (due is None or due[0] != "live"):
+                self._decide()
             if due is None:
                 await self._wait()
             else:
                 await self._prepare_until_news(*due)
 
     async def _wait(self) -> None:
-        """Wait for news, or for the time of the next attempt; say that the first choice is made."""
-        pointer = self._live_pointer()
+        """Wait for news, or for the time at which something is due."""
         named = self._named_keys()
         waits = [retry.at for key, retry in self._state.retries.items() if key in named]
         waits += [at + KEEP_SECONDS for at in self._state.unnamed_at.values()]
-        is_waiting = pointer is not None and _key(pointer) in self._state.retries
-        patience = self._started_at + self._settings.models.start_wait_seconds
-        if not self.decided.is_set() and (not is_waiting or time.monotonic() >= patience):
-            self._decide(pointer)
-        elif not self.decided.is_set():
-            waits.append(patience)
+        if not self.decided.is_set():
+            waits.append(self._patience_ends_at())
         if self._unread:
             waits.append(time.monotonic() + RETRY_SECONDS)
         seconds = max(0.01, min(waits) - time.monotonic()) if waits else None
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._news.wait(), seconds)
 
-    def _decide(self, pointer: Pointer | None) -> None:
-        live = self._slot.live
+    def _patience_ends_at(self) -> float:
+        return self._started_at + self._settings.models.start_wait_seconds
+
+    def _decide(self) -> None:
+        """Say that the first choice is made, but where the live bundle may still be had in time."""
+        pointer, live = self._state.wanted.get("live"), self._slot.live
+        is_waiting = pointer is not None and _key(pointer) in self._state.retries
+        if is_waiting and time.monotonic() < self._patience_ends_at():
+            return
         if pointer is not None and (pointer.version or live.version) != live.version:
             log.error(
                 "live_bundle_missing",
@@ -223,9 +227,6 @@ class ModelWatch:
                 refused=self.refused["live"].detail if "live" in self.refused else None,
             )
         self.decided.set()
-
-    def _live_pointer(self) -> Pointer | None:
-        return self._state.wanted.get("live")
 
     def _named_keys(self) -> set[tuple[str, str]]:
         """Return the versions that have a role; a live role that was taken away is the bootstrap's."""
@@ -374,7 +375,9 @@ class ModelWatch:
         if pointer.is_bootstrap or pointer.is_withdrawal:
             space = await self._item_space(self._slot.bootstrap_space)
             return _Held(_bootstrap(space), space)
-        bundle = await self._in_background(self._load, pointer)
+        # A time-out is an OSError: asked again like any registry that is not reached.
+        async with asyncio.timeout(self._settings.models.fetch_timeout_seconds):
+            bundle = await self._in_background(self._load, pointer)
         self._check(bundle)
         encoder_id = self._preparing_encoder = bundle.space.encoder_id
         await self._catalogue_mirror.add_encoder(encoder_id, bundle.space.base_dim)

@@ -183,6 +183,9 @@ class ModelSettings(RegistryConfig):
         ge=0,
         description="How long a bundle with an encoder of its own waits for items that have no encoding of it yet.",
     )
+    fetch_timeout_seconds: float = Field(
+        300.0, gt=0, description="A bundle that is not fetched and verified within this long is asked for again."
+    )
     start_wait_seconds: float = Field(
         30.0,
         ge=0,

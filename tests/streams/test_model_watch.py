@@ -311,6 +311,33 @@ async def test_start_goes_on_without_a_registry_that_does_not_come_back_and_foll
         task.cancel()
 
 
+async def test_start_does_not_wait_for_a_candidate_whose_fetch_hangs(tmp_path: Path) -> None:
+    async with scene(tmp_path, follow=False) as on:
+        on.publish("v1")
+        on.publish("v2", seed=2)
+        on.registry.hangs_at = "v2"
+        on.announce("candidate", "v2", 1)
+        on.announce("live", "v1", 2)
+        task = asyncio.create_task(on.watch._follow())
+        await asyncio.wait_for(on.watch.decided.wait(), 10)
+        assert on.slot.version == "v1"
+        assert not on.registry.free.is_set()
+        task.cancel()
+
+
+async def test_start_does_not_wait_for_ever_for_a_live_bundle_whose_fetch_hangs(tmp_path: Path) -> None:
+    async with scene(tmp_path, follow=False, start_wait_seconds=0.0, fetch_timeout_seconds=0.05) as on:
+        on.publish("v1")
+        on.registry.hangs_at = "v1"
+        on.announce("live", "v1", 1)
+        task = asyncio.create_task(on.watch._follow())
+        await asyncio.wait_for(on.watch.decided.wait(), 10)
+        assert on.slot.version == BOOTSTRAP_VERSION
+        on.registry.free.set()
+        await on.until_live("v1", 1)
+        task.cancel()
+
+
 async def test_bundle_that_was_refused_is_not_tried_again_before_another_pointer_names_it(tmp_path: Path) -> None:
     async with scene(tmp_path) as on:
         on.publish("v1")
