@@ -110,3 +110,24 @@ def test_a_version_without_a_scorer_says_the_hand_set_score_and_one_with_it_the_
     trained = ServingModel("v1", 1, space, model, FeatureConfig(), vectors, index)
     expected = learned_log_odds(model, FeatureConfig(), vectors, raw, rows, NO_ROWS)
     assert trained.log_odds(raw, rows, NO_ROWS, RANKING).tolist() == expected.tolist()
+
+
+def test_many_slates_score_as_each_of_them_alone() -> None:
+    random = np.random.default_rng(3)
+    vectors = SpaceVectors(64)
+    for row in range(40):
+        vectors.set(row, random.normal(size=64), 1)
+    raw = RawSlates.empty(50, 200)
+    raw.valid[:] = random.random((50, 200)) < 0.9
+    raw.counters[:] = random.gamma(1.0, 2.0, raw.counters.shape)
+    raw.sims[:] = random.uniform(-1, 1, raw.sims.shape)
+    raw.recent_codes[:, :3] = 0x11
+    rows = random.integers(0, 40, (50, 200)).astype(np.int32)
+    recents = random.integers(-1, 40, (50, 16)).astype(np.int32)
+    model = scorer()
+    together = learned_log_odds(model, FeatureConfig(), vectors, raw, rows, recents)
+    for slate in range(50):
+        at = slice(slate, slate + 1)
+        alone = learned_log_odds(model, FeatureConfig(), vectors, raw.take(at), rows[at], recents[at])
+        assert together[at] == pytest.approx(alone, abs=1e-4)
+    assert not together[~raw.valid].any()
