@@ -295,6 +295,23 @@ def test_batch_that_memory_does_not_hold_is_halved_and_learned_the_same(
     np.testing.assert_allclose(halves.scorer.tensors["head.item"], whole.scorer.tensors["head.item"], atol=1e-4)
 
 
+def test_half_of_a_step_before_memory_ended_is_not_counted_twice(
+    bert: TextEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from models.ctr_module import CtrModule
+
+    # Call 1 measures the start, call 2 is the first batch of the first step, call 3 the second.
+    config = settings(encoder="top", dropout=0.0, epochs=1, accumulate=2)
+    whole = train(impressions(150), starting_point(bert), config)
+    error = torch.OutOfMemoryError("CUDA out of memory")
+    with_method(CtrModule, "forward", FailsOnce(CtrModule.forward, error, at=3), monkeypatch)
+    halves = train(impressions(150), starting_point(bert), config)
+    assert whole.delta is not None
+    assert halves.delta is not None
+    for name, value in whole.delta.tensors.items():
+        np.testing.assert_allclose(halves.delta.tensors[name], value, atol=1e-4)
+
+
 def test_encoder_pass_that_memory_does_not_hold_is_halved(
     bert: TextEncoder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
