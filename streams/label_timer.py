@@ -1,19 +1,20 @@
 """Labels of users who fell silent: sent when their partition's watermark passes the end of a window.
 
-The table is only read: when such a user comes back, their own log closes the impression and says the same again, or
-better. Everything here is in memory, made anew at a take-over from the values, so a restart may repeat a label.
+The table is only read: when such a user comes back, their own log closes the impression; its label is written where it
+says something else. Everything here is in memory, made anew at a take-over from the values, so a restart may repeat
+a label.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import structlog
 
 from models.errors import RowError
-from models.examples import LabelsRecord
+from models.examples import EARLY, LabelsRecord
 from models.joiner import JoinContext, due_labels, is_spent, next_close_ms
 from models.user_value import last_time_ms, split_value
 from streams.labels import RowKey, SentLabels
@@ -130,6 +131,13 @@ class LabelTimer:
                 if close_ms is not None:
                     held.schedule(key, close_ms)
 
+    def unsaid(self, labels: Sequence[SentLabels]) -> list[SentLabels]:
+        """Return the labels that say something else than the timer did; call it before ``touch``.
+
+        What the timer said is acknowledged, and the last that is said of its impression.
+        """
+        return [label for label in labels if not self._is_said(label)]
+
     def may_strip(self, partition: int, key: bytes, block: bytes, now: float) -> bool:
         """Tell whether a user's block can go: past every correction, and every label of it acknowledged."""
         held = self._partitions.get(partition)
@@ -145,6 +153,11 @@ class LabelTimer:
         held = self._partitions.get(partition)
         for key in keys if held is not None else ():
             held.sent.pop(key, None)  # type: ignore[union-attr]
+
+    def _is_said(self, label: SentLabels) -> bool:
+        held = self._partitions.get(label.partition)
+        said = held.sent.get(label.key, {}).get(label.record.impression_id) if held is not None else None
+        return said is not None and not label.record.flags & EARLY and _content(said) == _content(label.record)
 
     def _look(self, found: Due, key: RowKey, value: bytes | None, clock_ms: int) -> None:
         found._looked_at[key] = None

@@ -23,12 +23,17 @@ class SentLabels:
 
     partition: int
     key: bytes
-    value: bytes
+    record: LabelsRecord
+
+    @property
+    def value(self) -> bytes:
+        """The record as it stands on the topic."""
+        return encode(self.record)
 
     @classmethod
     def of(cls, key: RowKey, record: LabelsRecord) -> SentLabels:
-        """Return the record encoded for the user's partition."""
-        return cls(*key, encode(record))
+        """Return the record for the user's partition."""
+        return cls(*key, record)
 
 
 @dataclass(slots=True)
@@ -104,6 +109,11 @@ class LabelMetrics:
         self._labels = Counter("millstream_labels", "Labels records written, by kind.", ["kind"], registry=registry)
         for kind in ("own_log", "corrected", "early", "again", "timer"):
             self._labels.labels(kind)
+        self._known = Counter(
+            "millstream_labels_known",
+            "Labels not written when a user's own log closed them, since the timer had said the same.",
+            registry=registry,
+        )
         self._late_actions = Counter(
             "millstream_late_actions", "Actions that came after the grace and labelled nothing.", registry=registry
         )
@@ -116,9 +126,10 @@ class LabelMetrics:
             "millstream_label_timer_users", "Users whose open impressions the timer waits for.", registry=registry
         )
 
-    def count(self, counts: JoinCounts) -> None:
-        """Count what a batch closed."""
-        self._labels.labels("own_log").inc(counts.closed - counts.early)
+    def count(self, counts: JoinCounts, known: int) -> None:
+        """Count what a batch closed; ``known`` of its labels were on the topic already."""
+        self._known.inc(known)
+        self._labels.labels("own_log").inc(max(0, counts.closed - counts.early - known))
         self._labels.labels("early").inc(counts.early)
         self._labels.labels("corrected").inc(counts.corrected)
         self._labels.labels("again").inc(counts.resent)

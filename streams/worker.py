@@ -367,7 +367,8 @@ class Worker:
             outbox.add(self.names.recommendations, slate.partition, slate.key, value, JSON)
         for example in prepared.features:
             outbox.add(self.names.features, example.partition, example.key, example.value)
-        for label in prepared.closings.labels:
+        labels = self.label_timer.unsaid(prepared.closings.labels)
+        for label in labels:
             outbox.add(self.names.labels, label.partition, label.key, label.value)
         for letter in prepared.refused:
             self._stage_letter(outbox, letter, now_ms)
@@ -377,6 +378,7 @@ class Worker:
         self.mark.clear()
         self.maintenance.see_times(accepted)
         self.label_timer.touch(prepared.closings.next_close_ms, time.monotonic())
+        self.label_metrics.count(prepared.closings.counts, len(prepared.closings.labels) - len(labels))
         self._count(prepared)
 
     async def write(self, outbox: Outbox, generation: int) -> None:
@@ -459,7 +461,6 @@ class Worker:
         for slate in prepared.slates:
             metrics.slates.labels(slate.kind).inc()
             metrics.freshness.observe(max(0.0, now - slate.broker_ms / 1000))
-        self.label_metrics.count(prepared.closings.counts)
         metrics.unknown_items.inc(prepared.unknown_items)
         metrics.slates_suppressed.inc(prepared.suppressed)
 

@@ -13,7 +13,7 @@ from models.user_events import UserEvent, UserStateConfig
 from models.user_row import empty_rows, encode_rows
 from models.user_value import join_value, split_value
 from streams.label_timer import Due, LabelTimer
-from streams.labels import RowKey
+from streams.labels import RowKey, SentLabels
 from tests.models.user_state_logs import START_MS, click, event, impression
 
 WINDOW, GRACE = 600, 120
@@ -112,6 +112,48 @@ def test_a_late_click_sends_what_the_timer_said_again_corrected() -> None:
     table.send(NOON + 700)
     table.apply(ANN, [click(2, 1, START_MS + 3_000)], NOON + 701)
     assert [(label.revision, clicked(label)) for label in table.send(NOON + 701)] == [(1, [1])]
+
+
+def closing(table: Table, items: list[int], *, at_ms: int, flags: int = 0) -> SentLabels:
+    """Return what a user's own log says of the impression at the start, clicked at the places ``items``."""
+    joined = join(
+        b"",
+        [impression([1, 2], 0), *(click(i, 1, START_MS + 1) for i in items), click(9, 2, at_ms)],
+        [0] * (2 + len(items)),
+        0,
+        CONTEXT,
+        user_id="",
+        epoch=1,
+        partition=0,
+    )
+    (record,) = joined.labels
+    record.flags |= flags
+    return SentLabels.of(ANN, record)
+
+
+def test_what_the_timer_said_is_not_said_again_by_the_users_own_log() -> None:
+    table = Table()
+    table.apply(ANN, [impression([1, 2], 0)])
+    table.send(NOON + 700)
+    assert table.timer.unsaid([closing(table, [], at_ms=START_MS + 900_000)]) == []
+
+
+def test_what_the_timer_did_not_say_or_said_otherwise_is_written() -> None:
+    table = Table()
+    table.apply(ANN, [impression([1, 2], 0)])
+    own = closing(table, [], at_ms=START_MS + 900_000)
+    assert table.timer.unsaid([own]) == [own]
+    table.send(NOON + 700)
+    for other in (closing(table, [2], at_ms=START_MS + 900_000), closing(table, [], at_ms=START_MS + 900_000, flags=1)):
+        assert table.timer.unsaid([other]) == [other]
+
+
+def test_what_was_due_but_not_acknowledged_is_written_again() -> None:
+    table = Table()
+    table.apply(ANN, [impression([1, 2], 0)])
+    assert len(table.due(NOON + 700).labels) == 1
+    own = closing(table, [], at_ms=START_MS + 900_000)
+    assert table.timer.unsaid([own]) == [own]
 
 
 def test_a_touch_that_changes_no_label_sends_nothing_again() -> None:
