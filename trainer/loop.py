@@ -80,7 +80,10 @@ def new_round(
     stop: threading.Event,
     learner: Learner | None = None,
 ) -> Round:
-    """Put a round together from the settings; ``learner`` takes the place of fine-tuning in tests."""
+    """Put a round together from the settings; ``learner`` takes the place of fine-tuning in tests.
+
+    Raises SettingsError where workers would refuse what this trainer announces.
+    """
 
     def shown(step: str, done: int, total: int | None) -> None:
         # Training reports often: the way to stop in the middle of it.
@@ -94,6 +97,11 @@ def new_round(
         learner = FinetuneLearner.of(config, encoder)
     spool = Spool(config.data_folder / "spool")
     private_key = models.signer()
+    if models.public_key is not None and private_key is None:
+        raise SettingsError(
+            "models.public_key is set, so that workers take nothing unsigned, and models.private_key_file is not: "
+            "give the trainer the key that `millstream models keygen` wrote"
+        )
     ports = Ports(
         source=WindowReader(connection, spool, runner, shown, stop.is_set),
         board=Announcer(connection, models.name, private_key, runner, stop.is_set),
@@ -110,6 +118,7 @@ def new_round(
         connection.topics.features,
         connection.topics.labels,
         models.cache_folder,
+        models.cache_bundles,
         connection.status_interval_seconds,
         models.trusted(),
         private_key,

@@ -23,7 +23,7 @@ from models.errors import BundleError, EncoderError, TrainingError
 from models.examples import RANDOMISED, FeaturesRecord
 from models.manifest import Manifest, OffsetRange, Window, new_version
 from models.pointer import Pointer, Pointers, plan_candidate, plan_promotion, plan_rollback, plan_withdrawal
-from models.registry import Registry
+from models.registry import Registry, prune_cache
 from models.sampling import LoneAction
 from models.signing import PrivateKey, PublicKey
 from trainer.announce import ANNOUNCER, WorkerStatus, preparation
@@ -143,6 +143,7 @@ class Names:
     features_topic: str
     labels_topic: str
     bundle_cache: Path
+    cache_bundles: int
     status_interval_seconds: float
     public_key: PublicKey | None = None
     private_key: PrivateKey | None = None
@@ -210,8 +211,7 @@ class Round:
             except TrainingError as error:
                 result.failed = error.reason not in NOT_YET
                 result.add(error.reason, error.detail)
-        self._show_roles()
-        ports.spool.delete_before(ports.now_ms() - round(self._config.spool_days * 24 * HOUR_MS))
+        self._keep_house()
         return result
 
     def newly_labelled(self) -> int:
@@ -447,9 +447,7 @@ class Round:
             result.add("nothing-new", "no impression was labelled since the last training")
             return
         rate = self._checked_rate(fresh if len(fresh) >= config.min_impressions else examples)
-        pointers = ports.board.pointers()
-        live = pointers.roles.get("live")
-        parent = None if live is None or live.is_bootstrap else self._bundle(live)
+        parent = self._parent()
         now_ms = ports.now_ms()
         identity = Identity(ports.registry.name, new_version(now_ms), now_ms, examples.window(ranges))
         with ports.metrics.step("train"):
@@ -482,6 +480,17 @@ class Round:
             f"{identity.version} learned from {len(examples):,} impressions with {examples.clicks:,} positive labels, "
             f"AUC {learned.auc:.4f} on the held-back slice, before {learned.auc_before:.4f}",
         )
+
+    def _parent(self) -> Bundle | None:
+        """Return the live bundle; None, the bootstrap, where there is none or it is gone from the registry."""
+        live = self._ports.board.pointers().roles.get("live")
+        if live is None or live.is_bootstrap:
+            return None
+        try:
+            return self._bundle(live)
+        except BundleError as error:
+            log.warning("parent_left", version=live.version, reason=error.reason, action="started from the bootstrap")
+            return None
 
     def _checked_rate(self, examples: Examples) -> float:
         labels = examples.flat_labels()
@@ -541,11 +550,15 @@ class Round:
             log.warning("live_bundle_gone", version=version, reason=error.reason)
             return 0
 
-    def _show_roles(self) -> None:
-        gauge = self._ports.metrics.generation
-        gauge.clear()
-        for role, pointer in self._ports.board.pointers().roles.items():
-            gauge.labels(role).set(pointer.generation)
+    def _keep_house(self) -> None:
+        """Show the roles; delete what is too old in the spool, and fetched bundles that no role names."""
+        ports, config = self._ports, self._config
+        roles = ports.board.pointers().roles
+        ports.metrics.generation.clear()
+        for role, pointer in roles.items():
+            ports.metrics.generation.labels(role).set(pointer.generation)
+        ports.spool.delete_before(ports.now_ms() - round(config.spool_days * 24 * HOUR_MS))
+        prune_cache(self._names.bundle_cache, {p.version for p in roles.values()}, self._names.cache_bundles)
 
 
 def logged_scores(examples: Examples, *versions: str) -> tuple[Examples, list[list[F32]]]:

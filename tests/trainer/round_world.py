@@ -138,7 +138,7 @@ class World:
             sleep=self._sleep,
             stopping=lambda: self.stopping,
         )
-        names = Names(FEATURES, LABELS, self.folder / "cache", 10.0)
+        names = Names(FEATURES, LABELS, self.folder / "cache", 4, 10.0)
         return Round(self.config, names, ports).run()
 
     def role(self, role: Any) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -116,6 +117,26 @@ def test_the_bundle_says_which_one_it_started_from(world: World) -> None:
     second = world.role("candidate")
     assert second is not None
     assert (world.registry.manifest(second).parent, world.registry.manifest(live).parent) == (live, None)
+
+
+def test_without_the_live_bundle_in_the_registry_learning_starts_from_the_bootstrap(world: World) -> None:
+    live, second = promoted(world), world.role("candidate")
+    world.topic += plan_withdrawal(world.pointers(), "candidate", at_ms=0, by="operator", why="test")
+    world.registry.remove(live)
+    for folder in (world.folder / "cache").iterdir():
+        shutil.rmtree(folder)
+    world.impressions(300, live=live)
+    assert world.round().outcomes == ["candidate"]
+    third = world.role("candidate")
+    assert third not in (None, second)
+    assert world.registry.manifest(str(third)).parent is None
+
+
+def test_fetched_bundles_that_no_role_names_do_not_pile_up(world: World) -> None:
+    for i in range(6):
+        (world.folder / "cache" / f"old-{i}").mkdir(parents=True)
+    candidate(world)
+    assert len(list((world.folder / "cache").iterdir())) <= 4
 
 
 def test_a_candidate_that_workers_score_otherwise_is_refused(world: World) -> None:

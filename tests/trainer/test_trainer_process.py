@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
+import threading
 from pathlib import Path
 
 import msgspec
 import pytest
 from prometheus_client import generate_latest
 
+from models.encoder import EncoderConfig
 from models.errors import SettingsError
+from models.registry import RegistryConfig
+from models.signing import PrivateKey
 from trainer import settings
 from trainer.announce import VersionStatus, WorkerStatus, preparation, read_status
-from trainer.loop import _lock
+from trainer.connection import Connection, Topics
+from trainer.loop import _lock, new_round
 from trainer.metrics import TrainerMetrics
-from trainer.progress import progress
+from trainer.progress import progress, silent
 from trainer.promotion import Decision
 
 
@@ -55,6 +61,14 @@ def test_a_trainer_that_ended_leaves_the_folder_free(tmp_path: Path) -> None:
         pass
     with _lock(tmp_path):
         pass
+
+
+def test_a_trainer_without_the_key_that_workers_ask_for_does_not_start(tmp_path: Path) -> None:
+    models = RegistryConfig(public_key=PrivateKey.generate().public.text)
+    config = settings.TrainerConfig(data_folder=tmp_path)
+    connection = Connection({}, Topics("f", "l", "i", "e", "m", "s"), 10.0)
+    with asyncio.Runner() as runner, pytest.raises(SettingsError, match="private_key_file"):
+        new_round(config, models, EncoderConfig(), connection, runner, TrainerMetrics(), silent, threading.Event())
 
 
 READY = WorkerStatus("a", 100_000, prepared=[VersionStatus("v2", 4, "candidate")])
