@@ -11,6 +11,7 @@ MillstreamError
 ├── BundleError          a bundle or a pointer that is refused; the model in use stays
 ├── RegistryError        the registry cannot be reached (retriable) or holds something else
 ├── TrainingError        a round of training that cannot be done, or whose result is refused
+├── NoSupportError       a log cannot answer what another policy would have earned
 ├── BrokerUnavailable    Kafka cannot be reached (retriable)
 ├── DemoError            the demo could not go on
 ├── DeliveryError        a record was not acknowledged by the broker (ends the process)
@@ -92,6 +93,10 @@ class TrainingError(MillstreamError):
         super().__init__(f"{reason}: {detail}")
         self.reason = reason
         self.detail = detail
+
+
+class NoSupportError(MillstreamError):
+    """A log holds too little of what a policy would choose: no estimate is better than one from luck."""
 
 
 class BrokerUnavailable(MillstreamError):
