@@ -133,7 +133,8 @@ def shares(log: Log) -> npt.NDArray[np.float64]:
     """Return how often each item stood in each slot, float64 [4, items]."""
     counts = np.zeros((4, log.items.max() + 1))
     np.add.at(counts, (log.slots, log.items), 1.0)
-    return counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    share: npt.NDArray[np.float64] = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    return share
 
 
 def both(log: Log, policy: npt.NDArray[np.float64]) -> tuple[Estimate, Estimate]:
