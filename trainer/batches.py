@@ -23,6 +23,9 @@ I64 = npt.NDArray[np.int64]
 OnProgress = Callable[[int, int], None]
 
 _RECORDS_AT_ONCE: Final = 256
+_STATE: Final = ("counters", "age_seconds", "sims", "shown_counts", "shown_age_seconds")
+_BY_ITEM: Final = (*_STATE, "items", "positions")
+_BY_IMPRESSION: Final = ("recent_items", "recent_age_seconds", "recent_codes", "user_counts", "time_ms")
 LEAST_IMPRESSIONS: Final = 10
 
 
@@ -47,7 +50,10 @@ class Slates:
     """Prepared impressions. ``starts`` [I + 1] says where each one's items lie in the flat arrays [n]."""
 
     starts: I64
-    x: F32
+    state: dict[str, npt.NDArray[Any]]
+    """The fields of RawSlates that each impressed item has, flat [n, …]: a batch is encoded when it is cut."""
+    user_counts: npt.NDArray[np.uint32]
+    features: FeatureConfig
     items: npt.NDArray[np.int32]
     """Row of each impressed item in ``hashes`` [n]."""
     labels: F32
@@ -116,6 +122,12 @@ def cut(slates: Slates, impressions: I64, rows: I64 | None = None) -> Batch:
     at = np.where(valid, starts[:, None] + places, 0)
     recents = slates.recents[impressions]
     known = recents >= 0
+    raw = RawSlates.empty(*valid.shape)
+    raw.valid[:] = valid
+    for name, values in slates.state.items():
+        getattr(raw, name)[valid] = values[at[valid]]
+    raw.user_counts[:] = slates.user_counts[impressions]
+    raw.time_ms[:] = slates.times_ms[impressions]
 
     def padded(values: npt.NDArray[Any]) -> Any:
         return np.where(valid, values[at], np.zeros((), values.dtype))
@@ -124,7 +136,7 @@ def cut(slates: Slates, impressions: I64, rows: I64 | None = None) -> Batch:
         impressions=impressions,
         rows=rows,
         valid=valid,
-        x=np.where(valid[:, :, None], slates.x[at], np.float32(0)),
+        x=encode(raw, slates.features),
         items=np.where(valid, np.searchsorted(rows, slates.items[at]), 0),
         recents=np.where(known, np.searchsorted(rows, recents), 0),
         recent_known=known,
@@ -135,6 +147,18 @@ def cut(slates: Slates, impressions: I64, rows: I64 | None = None) -> Batch:
         offsets=padded(slates.offsets),
         positions=padded(slates.positions).astype(np.int64),
     )
+
+
+def feature_moments(slates: Slates, impressions: I64) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Return mean and standard deviation of each column over the items of impressions, float64 [F] each."""
+    count, total, squares = 0, np.zeros(0), np.zeros(0)
+    for part in in_order(impressions, _RECORDS_AT_ONCE):
+        batch = cut(slates, part)
+        x = batch.x[batch.valid].astype(np.float64)
+        count += len(x)
+        total, squares = (x.sum(0), (x * x).sum(0)) if not len(total) else (total + x.sum(0), squares + (x * x).sum(0))
+    mean = total / max(count, 1)
+    return mean, np.sqrt(np.maximum(squares / max(count, 1) - mean**2, 0.0))
 
 
 def shuffled(slates: Slates, impressions: I64, size: int, random: np.random.Generator) -> list[I64]:
@@ -209,38 +233,37 @@ def fit_priors(records: Sequence[FeaturesRecord]) -> FeatureConfig:
 def prepare(
     ordered: TrainingSet, features: FeatureConfig, on_progress: OnProgress = lambda done, total: None
 ) -> Slates:
-    """Return impressions in time order as flat arrays, encoded by the one feature encoding."""
+    """Return impressions in time order as flat arrays; their batches are encoded with ``features``."""
     records = ordered.records
-    parts: dict[str, list[npt.NDArray[Any]]] = {n: [] for n in ("x", "hash", "position", "recent", "age", "code")}
-    for start in range(0, len(records), _RECORDS_AT_ONCE):
-        raw = raw_slates(records[start : start + _RECORDS_AT_ONCE])
-        parts["x"].append(encode(raw, features)[raw.valid])
-        parts["hash"].append(raw.items[raw.valid])
-        parts["position"].append(raw.positions[raw.valid].astype(np.int32))
-        parts["recent"].append(raw.recent_items)
-        parts["age"].append(raw.recent_age_seconds)
-        parts["code"].append(raw.recent_codes)
-        on_progress(min(start + _RECORDS_AT_ONCE, len(records)), len(records))
+    parts: dict[str, list[npt.NDArray[Any]]] = {name: [] for name in (*_BY_ITEM, *_BY_IMPRESSION)}
+    for at, raw in padded_slates(records):
+        for name in _BY_ITEM:
+            parts[name].append(getattr(raw, name)[raw.valid])
+        for name in _BY_IMPRESSION:
+            parts[name].append(getattr(raw, name))
+        on_progress(at.stop, len(records))
     joined = {name: np.concatenate(values) for name, values in parts.items()}
     sizes = np.fromiter(map(len, records), np.int64, len(records))
-    recents = joined["recent"]
-    hashes = np.unique(np.concatenate([joined["hash"], recents[recents != 0]]))
+    recents = joined["recent_items"]
+    hashes = np.unique(np.concatenate([joined["items"], recents[recents != 0]]))
     labels = np.concatenate(ordered.labels).astype(np.float32)
     weights = np.ones_like(labels) if ordered.weights is None else np.concatenate(ordered.weights).astype(np.float32)
     offsets = np.array([sampling_offset(record) for record in records], np.float32)
     return Slates(
         starts=np.r_[0, np.cumsum(sizes)],
-        x=joined["x"],
-        items=np.searchsorted(hashes, joined["hash"]).astype(np.int32),
+        state={name: joined[name] for name in _STATE},
+        user_counts=joined["user_counts"],
+        features=features,
+        items=np.searchsorted(hashes, joined["items"]).astype(np.int32),
         labels=labels,
         weights=weights,
         offsets=np.repeat(offsets, sizes),
-        positions=joined["position"],
+        positions=joined["positions"].astype(np.int32),
         recents=np.where(recents != 0, np.searchsorted(hashes, recents), -1).astype(np.int32),
-        recent_age=joined["age"],
-        recent_codes=joined["code"],
+        recent_age=joined["recent_age_seconds"],
+        recent_codes=joined["recent_codes"],
         users=np.unique([r.user_id for r in records], return_inverse=True)[1].astype(np.int32),
-        times_ms=np.fromiter((r.time_ms for r in records), np.int64, len(records)),
+        times_ms=joined["time_ms"],
         hashes=hashes,
     )
 

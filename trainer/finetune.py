@@ -34,7 +34,7 @@ from models.evaluation import auc_per_impression, expected_calibration_error, lo
 from models.features import FeatureConfig, columns, require_spec, spec_id
 from models.hashing import hash64
 from trainer.bases import BaseSource, FrozenBase, TrainedBase, warm_up_and_decay
-from trainer.batches import I64, Slates, TrainingSet, fit_priors, prepare, split, time_order
+from trainer.batches import I64, Slates, TrainingSet, feature_moments, fit_priors, prepare, split, time_order
 from trainer.encodings import OutputCache, SplitEncoder, base_encodings, current_encoder
 from trainer.fit import Course, Fitter, ItemSide, Progress, steps_of_epoch
 from trainer.scoring import ItemTable, encode_items, own_vectors, score
@@ -53,6 +53,8 @@ __all__ = [
 ]
 
 F32 = npt.NDArray[np.float32]
+SMALLEST_STD: Final = 0.05
+"""Least deviation that a feature is divided by; most columns are logarithms and shares of about 1."""
 _CARRY_RIDGE: Final = 1.0
 """Pulls the carrying map towards "nothing changes" as strongly as one item's vector pulls it."""
 
@@ -190,15 +192,18 @@ class _Training:
         if self._start.scorer is not None:
             return self._start.scorer.config, self._start.scorer.tensors
         flat = slates.flat(self._parts[0])
-        x = slates.x[flat].astype(np.float64)
-        mean, std = x.mean(axis=0), x.std(axis=0)
-        # What hardly varied here says nothing, and would be enormous where it varies later.
-        std = np.where(std > 1e-4 * np.maximum(1.0, np.abs(mean)), std, CONSTANT_STD)
+        mean, std = feature_moments(slates, self._parts[0])
+        # What did not vary here says nothing; what hardly varied would be enormous where it varies later.
+        std = np.where(std > 1e-4 * np.maximum(1.0, np.abs(mean)), np.maximum(std, SMALLEST_STD), CONSTANT_STD)
         weights = slates.weights[flat]
         rate = float((slates.labels[flat] * weights).sum() / weights.sum())
         odds = np.log(max(rate, 1e-6) / max(1 - rate, 1e-6)) - float(slates.offsets[flat].mean())
         config = self._config.ctr_config(len(columns(features)), self._start.space.dim)
-        return config, first_tensors(config, mean, std, float(1 / (1 + np.exp(-odds))), self._config.seed)
+        click_rate = float(1 / (1 + np.exp(-odds)))
+        first = first_tensors(
+            config, np.asarray(mean, np.float32), np.asarray(std, np.float32), click_rate, self._config.seed
+        )
+        return config, first
 
     def _item_side(self, slates: Slates) -> tuple[ItemSide, I64]:
         """Return the trainable space, and the rows of the items that have a residual."""

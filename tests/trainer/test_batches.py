@@ -10,7 +10,18 @@ from models.examples import raw_slates
 from models.features import FeatureConfig, encode
 from models.hashing import hash64
 from tests.trainer.tiny_world import START_MS, impressions, record, texts
-from trainer.batches import Slates, TrainingSet, cut, fit_priors, prepare, sampling_offset, shuffled, split, time_order
+from trainer.batches import (
+    Slates,
+    TrainingSet,
+    cut,
+    feature_moments,
+    fit_priors,
+    prepare,
+    sampling_offset,
+    shuffled,
+    split,
+    time_order,
+)
 
 
 def slates_of(sizes: list[int]) -> Slates:
@@ -31,7 +42,7 @@ def test_batch_holds_what_its_impressions_hold_and_nothing_else(sizes: list[int]
     batch = cut(slates, chosen)
     assert batch.valid.sum(1).tolist() == [sizes[i] for i in chosen]
     flat = slates.flat(chosen)
-    assert np.array_equal(batch.x[batch.valid], slates.x[flat])
+    assert not batch.x[~batch.valid].any()
     assert np.array_equal(slates.hashes[batch.rows[batch.items[batch.valid]]], slates.hashes[slates.items[flat]])
     assert np.array_equal(batch.labels[batch.valid], slates.labels[flat])
     assert not batch.weights[~batch.valid].any()
@@ -57,10 +68,19 @@ def test_each_item_of_a_batch_stands_in_it_once() -> None:
 
 def test_columns_are_those_that_serving_encodes() -> None:
     window = impressions(300)
+    batch = cut(prepare(window, FeatureConfig()), np.array([271, 3, 278]))
+    raw = raw_slates([window.records[i] for i in (271, 3, 278)])
+    assert np.array_equal(batch.x, encode(raw, FeatureConfig()))
+
+
+def test_moments_are_those_of_the_columns() -> None:
+    window = impressions(600)
     slates = prepare(window, FeatureConfig())
-    raw = raw_slates(window.records[270:280])
-    served = encode(raw, FeatureConfig())[raw.valid]
-    assert np.array_equal(slates.x[slates.flat(np.arange(270, 280))], served)
+    raw = raw_slates(window.records[:590])
+    x = encode(raw, FeatureConfig())[raw.valid].astype(np.float64)
+    mean, std = feature_moments(slates, np.arange(590))
+    np.testing.assert_allclose(mean, x.mean(0), atol=1e-9)
+    np.testing.assert_allclose(std, x.std(0), atol=1e-6)
 
 
 def test_slices_follow_one_another_in_time() -> None:
