@@ -44,7 +44,7 @@ from models.examples import FeaturesRecord
 from models.features import FeatureConfig, columns
 from models.hashing import hash64
 from models.logs import LogReader, open_log
-from trainer.batches import TrainingSet, fit_priors, prepare, time_order
+from trainer.batches import TrainingSet, feature_moments, fit_priors, prepare, time_order
 from trainer.encodings import OutputCache, SplitEncoder
 from trainer.finetune import StartingPoint, Trained, train
 from trainer.history import HistoryConfig, learn_histories
@@ -210,7 +210,7 @@ def first_scorer(examples: LogExamples, config: TrainingConfig, seed: int, dim: 
     """Return an untrained scorer whose features are standardised by ``examples``, and its feature encoding."""
     features = fit_priors(examples.records)
     slates = prepare(time_order(TrainingSet(examples.records, examples.labels, {})), features)
-    mean, std = slates.x.mean(axis=0, dtype=np.float64), slates.x.std(axis=0, dtype=np.float64)
+    mean, std = feature_moments(slates, np.arange(len(slates)))
     std = np.where(std > 1e-4 * np.maximum(1.0, np.abs(mean)), std, CONSTANT_STD)
     shape = config.ctr_config(len(columns(features)), dim)
     tensors = first_tensors(shape, mean.astype(np.float32), std.astype(np.float32), float(slates.labels.mean()), seed)
