@@ -136,6 +136,9 @@ class LabelsRecord(msgspec.Struct, array_like=True, gc=False, kw_only=True):
     """u2 places of items hidden or disliked."""
     actions: bytes
     """u1 code of the strongest positive action of each ``clicked``."""
+    as_of: int = 0
+    """Offset after the newest event of the user that it knows. Of an impression's records the one that knows most
+    counts, of equals the last: a process that slept past its session may write an older one late."""
 
 
 def encode(record: FeaturesRecord | LabelsRecord) -> bytes:

@@ -211,13 +211,15 @@ def join(
     user_id: str,
     epoch: int,
     partition: int,
+    as_of: int = 0,
     may_drop: bool = True,
 ) -> Joined:
     """Apply a user's next events, in the order of their log, to the state in ``block``.
 
     ``outcomes``: what each did to the row (models.user_state.Outcome). ``clock_ms``: the row's last time before them.
-    ``epoch`` and ``partition`` make the impressions' ids. ``may_drop`` is False where the block was made in this same
-    batch: its labels are not acknowledged yet. Raises RowError for a block that is nonsense.
+    ``epoch`` and ``partition`` make the impressions' ids; ``as_of`` is the row's offset after them. ``may_drop`` is
+    False where the block was made in this same batch: its labels are not acknowledged yet. Raises RowError for a block
+    that is nonsense.
     """
     join_ = _Join(decode_block(block), clock_ms, context)
     replayed = Outcome.REPLAYED in outcomes
@@ -228,7 +230,7 @@ def join(
         if outcome == Outcome.APPLIED:
             join_.apply(event, epoch, partition)
     join_.close()
-    return join_.result(user_id, replayed)
+    return join_.result(user_id, as_of, replayed)
 
 
 class _Join:
@@ -266,7 +268,7 @@ class _Join:
                 self._set(impression, label)
         self._settle()
 
-    def result(self, user_id: str, replayed: bool) -> Joined:
+    def result(self, user_id: str, as_of: int, replayed: bool) -> Joined:
         """Return the new state and the labels to send; with ``replayed`` those of every closed impression."""
         held = sorted(self._final + self._live, key=_age)
         sent = [i for i in held if i.impression_id in self._changed or (replayed and i.revision >= 0)]
@@ -275,7 +277,7 @@ class _Join:
         if held or self._actions:
             packed = b"".join([_ACTION.pack(*action) for action in self._actions])
             block = _ENCODER.encode(OpenImpressions(VERSION, held, packed))
-        return Joined(block, [_record(i, user_id) for i in sent], _next_close_ms(self._live), self._counts)
+        return Joined(block, [_record(i, user_id, as_of) for i in sent], _next_close_ms(self._live), self._counts)
 
     def _settle(self) -> None:
         """Make final what is past its grace, and forget the actions whose impression can come no more."""
@@ -373,11 +375,12 @@ class _Join:
 
 
 def due_labels(
-    block: bytes, clock_ms: int, user_id: str, context: JoinContext
+    block: bytes, clock_ms: int, user_id: str, context: JoinContext, as_of: int = 0
 ) -> tuple[list[LabelsRecord], int | None]:
     """Return the labels of a silent user's open impressions that close before ``clock_ms``, and when the next closes.
 
-    Reads only: the state stays as the user's own log left it. Raises RowError for a block that is nonsense.
+    Reads only: the state stays as the user's own log left it, up to ``as_of``. Raises RowError for a block that is
+    nonsense.
     """
     state = decode_block(block)
     live = [i for i in state.impressions if not i.is_final]
@@ -387,7 +390,7 @@ def due_labels(
     for impression, label in zip(due, _labels(due, live, actions, context), strict=True):
         impression.clicked, impression.refused, impression.actions = label
         impression.revision, impression.flags = 0, BY_TIMER
-        records.append(_record(impression, user_id))
+        records.append(_record(impression, user_id, as_of))
     return records, _next_close_ms(live)
 
 
@@ -475,7 +478,7 @@ def _label(impression: KeptImpression, actions: Sequence[_Kept], context: JoinCo
     )
 
 
-def _record(impression: KeptImpression, user_id: str) -> LabelsRecord:
+def _record(impression: KeptImpression, user_id: str, as_of: int) -> LabelsRecord:
     return LabelsRecord(
         impression_id=impression.impression_id,
         user_id=user_id,
@@ -486,6 +489,7 @@ def _record(impression: KeptImpression, user_id: str) -> LabelsRecord:
         clicked=impression.clicked,
         refused=impression.refused,
         actions=impression.actions,
+        as_of=as_of,
     )
 
 

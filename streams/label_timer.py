@@ -16,7 +16,7 @@ import structlog
 from models.errors import RowError
 from models.examples import EARLY, LabelsRecord
 from models.joiner import JoinContext, due_labels, is_spent, next_close_ms
-from models.user_value import last_time_ms, split_value
+from models.user_value import guard_of, last_time_ms, split_value
 from streams.labels import RowKey, SentLabels
 
 log = structlog.get_logger(__name__)
@@ -163,7 +163,8 @@ class LabelTimer:
         found._looked_at[key] = None
         try:
             _, block = split_value(value)
-            records, next_ms = due_labels(block, clock_ms, key[1].decode("utf-8"), self._context)
+            as_of = guard_of(value or b"")[1] + 1
+            records, next_ms = due_labels(block, clock_ms, key[1].decode("utf-8"), self._context, as_of)
         except RowError as error:
             # The user's next event meets the same value and says so in a dead letter.
             log.warning("labels_unreadable", partition=key[0], error=str(error))

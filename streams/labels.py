@@ -66,13 +66,15 @@ class LabelsWriter:
         rows: Sequence[bytes],
         blocks: Sequence[bytes],
         clocks_ms: Sequence[int],
+        offsets: Sequence[int],
         events: Sequence[UserEvent],
         outcomes: Sequence[int],
         fresh: Mapping[RowKey, bytes],
     ) -> tuple[dict[RowKey, bytes], Closings]:
         """Return the new value of each user, and what their events closed.
 
-        ``keys``, new ``rows``, ``blocks`` and ``clocks_ms`` (the rows' last time before) by the events' ``user``.
+        ``keys``, new ``rows``, ``blocks``, ``clocks_ms`` (the rows' last time before) and ``offsets`` (the rows' own,
+        after) by the events' ``user``.
         ``fresh``: values that were made in this same batch; labels in them are not acknowledged yet. Raises RowError
         for a block that is nonsense.
         """
@@ -93,6 +95,7 @@ class LabelsWriter:
                 user_id=key[1].decode("utf-8"),
                 epoch=self._epoch,
                 partition=key[0],
+                as_of=offsets[place],
                 may_drop=key not in fresh,
             )
             values[key] = join_value(rows[place], joined.block)

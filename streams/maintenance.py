@@ -123,7 +123,9 @@ class Maintenance:
             self._repaired_at = now
             await self._repair(outbox)
         due = None
-        if now - self._labels_at > LABELS_SECONDS and worker.settings.examples.enabled:
+        # A partition may be another worker's already, whose labels know more.
+        is_owner = worker.is_ready and worker.app.consumer_generation_id == worker.owned_generation
+        if is_owner and now - self._labels_at > LABELS_SECONDS and worker.settings.examples.enabled:
             self._labels_at = now
             due = worker.label_timer.due(worker.rows.get, now, LABELS_USERS)
             for label in due.labels:

@@ -86,6 +86,7 @@ class Ownership:
         # What was loaded stays: without this every collection walks the whole catalogue and table.
         gc.collect()
         gc.freeze()
+        worker.owned_generation = generation
         worker.become_ready()
         log.info("ready", partitions=sorted(partitions), rows=sum(len(worker.rows.rows_of(p)) for p in partitions))
 

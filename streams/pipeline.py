@@ -291,7 +291,14 @@ class Pipeline:
             keep_before=True,
         )
         values, closings = self.labels.values(
-            list(places), encode_rows(rows), blocks, old["last_time_ms"].tolist(), events, outcomes.tolist(), overlay
+            list(places),
+            encode_rows(rows),
+            blocks,
+            old["last_time_ms"].tolist(),
+            rows["offset"].tolist(),
+            events,
+            outcomes.tolist(),
+            overlay,
         )
         return values, outcomes, before, impressions, closings
 

@@ -94,6 +94,8 @@ class Worker:
         self.stopping = asyncio.Event()
         self.failure: asyncio.Future[ExitCode] = asyncio.get_running_loop().create_future()
         self.is_ready = False
+        self.owned_generation = -1
+        """Group generation of the last take-over."""
         self.handed: dict[int, int] = {}
         """Per partition the offset after the newest event that was taken from Faust."""
         self.batch_in_work = asyncio.Lock()

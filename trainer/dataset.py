@@ -1,6 +1,7 @@
 """Features and labels joined: labelled impressions in time order, and an account of what was left out.
 
-The first features record of an impression wins, and its last labels record. Left out and counted: impressions without
+The first features record of an impression wins, and the labels record that knows most of its user's log, of equals
+the last. Left out and counted: impressions without
 a label yet, processed with lag (their counters had seen the future), replayed (their state was that after them), and
 closed early (their attribution window was cut short).
 """
@@ -141,7 +142,9 @@ def join(features: Iterable[SpooledRecord], labels: Iterable[SpooledRecord], max
         except RecordError as error:
             _unreadable(left_out, "labels", record, error)
             continue
-        outcomes[outcome.impression_id] = outcome
+        held = outcomes.get(outcome.impression_id)
+        if held is None or outcome.as_of >= held.as_of:
+            outcomes[outcome.impression_id] = outcome
     seen: set[int] = set()
     found: list[Example] = []
     for record in features:

@@ -83,7 +83,10 @@ async def label_differences(world: World, want: Labels, context: JoinContext) ->
 
     An impression that is still open by its user's log may have one from the timer: then it says what is known by now.
     """
-    last = {label.impression_id: content(label) for label in await sent_labels(world)}
+    last: dict[int, Content] = {}
+    # The one that knows most of the log counts, of equals the last: sorted() keeps the order of equals.
+    for label in sorted(await sent_labels(world), key=lambda label: label.as_of):
+        last[label.impression_id] = content(label)
     found = [f"impression {i}: no label" for i in want.closed.keys() - last.keys()]
     found += [
         f"impression {i}: the last label is {last[i]}, must be {want.closed[i]}"

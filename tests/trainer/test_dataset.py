@@ -45,6 +45,11 @@ def test_a_label_without_features_is_no_example() -> None:
     assert len(joined([], [labels_record(7, [1])])) == 0
 
 
+def test_a_label_that_knows_less_of_the_log_does_not_win_by_coming_late() -> None:
+    found = joined([shown(7)], [labels_record(7, [2], as_of=8), labels_record(7, [], as_of=5)])
+    assert found.impressions[0].labels.tolist() == [0.0, 0.0, 1.0]
+
+
 def test_the_last_label_of_an_impression_wins() -> None:
     found = joined([shown(7)], [labels_record(7, []), labels_record(7, [2], revision=1)])
     assert found.impressions[0].labels.tolist() == [0.0, 0.0, 1.0]
