@@ -21,7 +21,7 @@ import structlog
 from models.bundle import load
 from models.errors import BundleError, EncoderError, RegistryError
 from models.hashing import hash64
-from models.pointer import Pointer, PointerGuard, Role
+from models.pointer import Pointer, PointerGuard, Role, decode
 from models.registry import Registry
 from streams.item_encoder import Encoder
 from streams.mirror import Mirror, Record
@@ -103,6 +103,8 @@ class EncoderModels:
         self._guard: PointerGuard | None = None
         self._unread: list[Record] = []
         self._wanted: dict[Role, Pointer] = {}
+        self._foreign: set[bytes] = set()
+        """Keys of roles of other names that something has: their encoders are not known here."""
         self._known: dict[Key, Known] = {}
         self._refused: set[Key] = set()
         self._retries: dict[Key, _Retry] = {}
@@ -124,9 +126,10 @@ class EncoderModels:
     def named(self) -> set[str] | None:
         """Return the ids of encoders that may be needed; None while it is not known of which one a role's bundle is.
 
-        That of the settings is always among them: a worker whose bundle is refused serves with it.
+        So too while a model of another name has a role: its workers may read the same items. That of the settings is
+        always among them: a worker whose bundle is refused serves with it.
         """
-        if not self.mirror.caught_up.is_set() or self._unread:
+        if not self.mirror.caught_up.is_set() or self._unread or self._foreign:
             return None
         ids = {self._encoder_of(pointer) for pointer in self._wanted.values()}
         found = {encoder_id for encoder_id in ids if encoder_id is not None} | {self.base.encoder_id}
@@ -168,8 +171,8 @@ class EncoderModels:
                 self._unread.append(record)
                 continue
             if pointer is None:
-                continue
-            if pointer.is_withdrawal:
+                self._note_foreign(record)
+            elif pointer.is_withdrawal:
                 self._wanted.pop(pointer.role, None)
             else:
                 self._wanted[pointer.role] = pointer
@@ -181,6 +184,15 @@ class EncoderModels:
             folder.mkdir(parents=True, exist_ok=True)
             self._guard = PointerGuard(folder, models.name, models.trusted())
         return self._guard.accept(record.key, record.value)
+
+    def _note_foreign(self, record: Record) -> None:
+        key = record.key or b""
+        try:
+            is_held = record.value is not None and not decode(record.key, record.value).is_withdrawal
+        except BundleError:
+            # Not ours to judge; nothing is taken away meanwhile.
+            is_held = True
+        (self._foreign.add if is_held else self._foreign.discard)(key)
 
     def _encoder_of(self, pointer: Pointer) -> str | None:
         """Return the id of the encoder that a pointer's bundle needs, None where it is not known."""
@@ -251,8 +263,12 @@ class EncoderModels:
         except (BundleError, EncoderError) as error:
             reason = error.reason if isinstance(error, BundleError) else "encoder"
             log.error("encoder_refused", version=pointer.version, reason=reason, error=str(error))
-            self._on_refused(reason)
-            self._refused.add(key)
+            self._refuse(key, reason)
+            return
+        except Exception:
+            # A bundle must not cost the encoders that work their process.
+            log.exception("encoder_not_loaded", version=pointer.version)
+            self._refuse(key, "unexpected")
             return
         self._retries.pop(key, None)
         self._known[key] = known
@@ -260,6 +276,10 @@ class EncoderModels:
             self.encoders = {**self.encoders, encoder.encoder_id: encoder}
             log.info("encoder_loaded", encoder=encoder.encoder_id, version=pointer.version, role=pointer.role)
         self.changed.set()
+
+    def _refuse(self, key: Key, reason: str) -> None:
+        self._on_refused(reason)
+        self._refused.add(key)
 
     def _read(self, pointer: Pointer) -> tuple[Known, Encoder | None]:
         """Return what a bundle needs, and its encoder where that one is not loaded yet."""

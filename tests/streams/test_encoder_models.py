@@ -232,6 +232,27 @@ async def test_while_a_bundle_is_not_known_nothing_counts_as_unneeded(stage: Sta
         assert models.named() is None
 
 
+async def test_a_model_of_another_name_keeps_all_encodings(stage: Stage) -> None:
+    stage.publish("v1", stage.delta(1))
+    other = Pointer("other", "live", "v9", "0" * 64, 1, 1, "test", "a test")
+    async with stage.following(stage.pointer("live", "v1"), Sent(other.key, other.encode())) as models:
+        await until(models, lambda: len(models.encoders) == 2)
+        assert models.named() is None
+        models.apply([Sent(other.key, None)])
+        await until(models, lambda: models.named() is not None)
+
+
+async def test_an_error_that_nobody_thought_of_costs_that_encoder_alone(stage: Stage) -> None:
+    def load(folder: Path) -> FakeEncoder:
+        raise MemoryError("no room for weights")
+
+    stage.publish("v1", stage.delta(1))
+    stage.publish("v2", None)
+    async with stage.following(stage.pointer("live", "v1"), stage.pointer("previous", "v2"), load=load) as models:
+        await until(models, lambda: bool(models.bundles_of(BASE)))
+        assert stage.refusals == ["unexpected"]
+
+
 async def test_an_unsigned_pointer_loads_nothing_where_a_key_is_configured(tmp_path: Path) -> None:
     key = PrivateKey.generate()
     stage = Stage(tmp_path, key, public_key=key.public.text)
