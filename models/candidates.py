@@ -17,13 +17,15 @@ from models.counters import CLICKS, ItemCounters
 from models.events import Filters
 from models.ranking import F32, I32, LONG_TERM, SHORT_TERM, TASTES, Bools, clip_ctr, is_in
 from models.retrieval import VectorIndex
+from models.rules import RulesConfig
 
 I8 = npt.NDArray[np.int8]
 
-SOURCES: Final = (*TASTES, "popular", "candidates")
+SOURCES: Final = (*TASTES, "popular", "candidates", "pinned")
 """Names of the sources of a candidate, by code; the first ones are the tastes, in their order."""
 POPULAR: Final = len(TASTES)
 GIVEN: Final = POPULAR + 1
+PINNED: Final = GIVEN + 1
 MAX_COLUMNS: Final = 1 << 16
 ALIKE: Final = 0.95
 """Cosine from which the short-term and the long-term vector count as one."""
@@ -46,13 +48,22 @@ class Wish(Protocol):
 class Refusal:
     """Tells which rows may not be candidates of each request of a batch.
 
-    Not servable, excluded, filtered out, or in ``unwanted`` int32 [B, X] (None: no such rule).
+    Not servable, kept out by the surface's rules, excluded, filtered out, or in ``unwanted`` int32 [B, X] (None: no
+    such rule).
     """
 
-    def __init__(self, catalogue: Catalogue, wishes: Sequence[Wish], unwanted: I32 | None, now_ms: int) -> None:
+    def __init__(
+        self,
+        catalogue: Catalogue,
+        wishes: Sequence[Wish],
+        unwanted: I32 | None,
+        now_ms: int,
+        rules: RulesConfig | None = None,
+    ) -> None:
         self._catalogue = catalogue
         self._now_ms = now_ms
         self._unwanted = unwanted
+        self._rules = rules if rules is not None and rules.filter_items else None
         self._exclude = {b: catalogue.index.rows(w.exclude) for b, w in enumerate(wishes) if w.exclude}
         self._filters = {b: w.filters for b, w in enumerate(wishes) if w.filters is not None}
 
@@ -61,6 +72,8 @@ class Refusal:
         refused = ~self._catalogue.servable(rows, self._now_ms)
         if self._unwanted is not None:
             refused |= is_in(rows, self._unwanted)
+        if self._rules is not None:
+            refused |= self._rules.refused(self._catalogue, rows, self._now_ms)
         for b in self._exclude.keys() | self._filters.keys():
             refused[b] |= self._by_wish(rows[b], b)
         return refused
@@ -70,6 +83,8 @@ class Refusal:
         refused = self._by_wish(rows, b)
         if self._unwanted is not None:
             refused |= np.isin(rows, self._unwanted[b])
+        if self._rules is not None:
+            refused |= self._rules.refused(self._catalogue, rows, self._now_ms)
         return refused
 
     def _by_wish(self, rows: I32, b: int) -> Bools:
@@ -205,6 +220,30 @@ def merge(found: I32, active: Bools, popular: I32, width: int, refused: Callable
     rows, sources = rows[:, turn], sources[turn].astype(np.int8)
     gone = (rows < 0) | refused(rows.astype(np.int32))
     return _first_of_each(rows, sources, gone, width)
+
+
+def pin(pool: Pool, pinned: I32, refused: Bools) -> None:
+    """Put the pinned rows [B, P] that are not refused [B, P] into the pool, instead of its last ones if it is full."""
+    for b, (rows, gone) in enumerate(zip(pinned.tolist(), refused.tolist(), strict=True)):
+        wanted = [row for row, out in zip(rows, gone, strict=True) if not out][: pool.rows.shape[1]]
+        held = pool.rows[b]
+        free = np.flatnonzero(~np.isin(held, wanted))
+        free = np.concatenate([free[held[free] < 0], free[held[free] >= 0][::-1]])
+        missing = [row for row in wanted if row not in held]
+        held[free[: len(missing)]] = missing
+        pool.sources[b, np.isin(held, wanted)] = PINNED
+
+
+def pinned_first(
+    columns: npt.NDArray[np.int64], counts: npt.NDArray[np.int64], ks: npt.NDArray[np.int64], pool: Pool, pinned: I32
+) -> None:
+    """Move, in place, the pinned rows [B, P] of each pool to the front of its columns [B, K], in their order."""
+    for b, rows in enumerate(pinned.tolist()):
+        at = [int(place[0]) for row in rows if row >= 0 and len(place := np.flatnonzero(pool.rows[b] == row))]
+        rest = [column for column in columns[b, : counts[b]].tolist() if column not in at]
+        merged = (at + rest)[: min(int(ks[b]), columns.shape[1])]
+        columns[b, : len(merged)] = merged
+        counts[b] = len(merged)
 
 
 def _first_of_each(rows: npt.NDArray[np.int64], sources: I8, gone: Bools, width: int) -> Pool:

@@ -69,6 +69,11 @@ class TermCodes:
             found = flat.reshape(rows.shape)
         return found
 
+    def first(self, rows: Rows) -> Rows:
+        """Return the code of the first term of each row, int32 of their shape, 0 where it has none."""
+        codes: Rows = self._inline[rows, 0]
+        return codes
+
 
 class SpaceVectors:
     """The vectors of the items in one embedding space, over ItemIndex rows.
@@ -162,6 +167,7 @@ class Catalogue:
         self._items: dict[int, Item] = {}
         self._categories = TermCodes(_INITIAL_ROWS)
         self._tags = TermCodes(_INITIAL_ROWS)
+        self._attributes = TermCodes(_INITIAL_ROWS)
 
     @property
     def capacity(self) -> int:
@@ -202,6 +208,7 @@ class Catalogue:
             capacity *= 2
         self._categories.grow(capacity)
         self._tags.grow(capacity)
+        self._attributes.grow(capacity)
         self.space_vectors.reserve(capacity)
         for name in ("hidden", "price", "_content"):
             setattr(self, name, _grown(getattr(self, name), capacity))
@@ -230,6 +237,7 @@ class Catalogue:
         self._content[row] = content_hash(item)
         self._categories.set(row, item.categories or ())
         self._tags.set(row, item.tags or ())
+        self._attributes.set(row, [_attribute(n, v) for n, v in (item.attributes or {}).items() if v is not None])
         kept = Item(
             item_id=item.item_id,
             title=item.title,
@@ -341,6 +349,24 @@ class Catalogue:
         if filters.max_price is not None:
             mask = mask & (self.price[safe] <= filters.max_price)
         return mask
+
+    def attribute_mask(self, rows: Rows, name: str, value: str | float | bool) -> Bools:
+        """Return which rows have the attribute ``name`` with this value, bool, same shape; 1 is 1.0, not true."""
+        rows = np.asarray(rows)
+        inside = (rows >= 0) & (rows < self.capacity)
+        found: Bools = inside & self._attributes.has_any(np.where(inside, rows, 0), [_attribute(name, value)])
+        return found
+
+    def category_codes(self, rows: Rows) -> Rows:
+        """Return a number for the first category of each row, int32, same shape; 0 where there is none."""
+        rows = np.asarray(rows)
+        inside = (rows >= 0) & (rows < self.capacity)
+        return np.where(inside, self._categories.first(np.where(inside, rows, 0)), 0).astype(np.int32)
+
+
+def _attribute(name: str, value: str | float | bool) -> str:
+    """Return an attribute as one term."""
+    return f"{name}\0{value if isinstance(value, str | bool) else float(value)!r}\0{isinstance(value, str)}"
 
 
 def _grown(array: npt.NDArray[Any], capacity: int) -> npt.NDArray[Any]:

@@ -11,7 +11,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from models.candidates import GIVEN, POPULAR, SOURCES
+from models.candidates import GIVEN, PINNED, POPULAR, SOURCES
 from models.catalogue import Catalogue
 from models.events import ACTIONS, Reason, RecommendedItem
 from models.ranking import F32, I32, LONG_TERM, PROFILE, QUERY, SHORT_TERM, Bools
@@ -21,7 +21,8 @@ TRENDING: Final = "trending"
 LIKE_PROFILE: Final = "like_profile"
 MATCHES_QUERY: Final = "matches_query"
 EXPLORATION: Final = "exploration"
-KINDS: Final = (BECAUSE_CLICKED, TRENDING, LIKE_PROFILE, MATCHES_QUERY, EXPLORATION)
+PINNED_BY_US: Final = "pinned"
+KINDS: Final = (BECAUSE_CLICKED, TRENDING, LIKE_PROFILE, MATCHES_QUERY, EXPLORATION, PINNED_BY_US)
 TITLE_CHARACTERS: Final = 80
 
 _TRENDING = Reason(kind=TRENDING, text="Popular at the moment")
@@ -29,6 +30,7 @@ _NEWEST = Reason(kind=TRENDING, text="Among the newest items")
 _CHOSEN = Reason(kind=TRENDING, text="The best known of the items asked for")
 _PROFILE = Reason(kind=LIKE_PROFILE, text="Fits your profile")
 _DRAWN = Reason(kind=EXPLORATION, text="Drawn at random, to learn what you like")
+_PINNED = Reason(kind=PINNED_BY_US, text="Picked for this page")
 _QUERY = Reason(kind=MATCHES_QUERY, text="Matches your search")
 _RECENT = Reason(kind=BECAUSE_CLICKED, text="Like what you clicked before")
 _LIKED_SOURCES: Final = frozenset((SHORT_TERM, LONG_TERM, GIVEN))
@@ -138,6 +140,8 @@ def because_clicked(catalogue: Catalogue, row: int, action: int) -> Reason:
 def plain_reason(source: int, is_trending: bool, asked: int) -> Reason:
     """Return the reason of an item that no clicked item explains. The same object for the same answer."""
     speaks = asked if source == GIVEN else source
+    if speaks == PINNED:
+        return _PINNED
     if speaks == QUERY:
         return _QUERY
     if speaks == PROFILE:

@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from models import user_state
 from models.candidates import (
@@ -21,12 +20,15 @@ from models.candidates import (
     Refusal,
     merge,
     no_popular,
+    pin,
+    pinned_first,
     popular_items,
     search_tastes,
 )
 from models.catalogue import Catalogue
-from models.counters import ItemCounters
-from models.events import MAX_CANDIDATES, MAX_K, Filters, Reason, RecommendedItem, Request, epoch_ms
+from models.counters import CLICKS, ItemCounters
+from models.diversity import debiased, diverse
+from models.events import MAX_K, Filters, Reason, RecommendedItem, Request, epoch_ms
 from models.exploration import RANDOMISED, draw
 from models.hashing import hash64
 from models.live_features import raw_from_state
@@ -59,54 +61,12 @@ from models.ranking import (
 )
 from models.reasons import Winners, assemble, nearest_liked
 from models.retrieval import VectorIndex
+from models.rules import RulesConfig, fits_filters
 from models.serving import ServingModel
+from models.surfaces import Plan
+from models.surfaces import RecommenderConfig as RecommenderConfig
+from models.surfaces import SurfaceConfig as SurfaceConfig
 from models.user_row import ACTION_MASK, NEGATIVE
-
-
-class SurfaceConfig(BaseModel):
-    """One place of the product in which slates are shown."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    k: int = Field(20, ge=1, le=MAX_K, description="Items in a slate where the request does not say.")
-    candidates: int = Field(200, ge=1, le=MAX_CANDIDATES, description="Candidates scored for one slate of usual size.")
-
-
-class RecommenderConfig(BaseModel):
-    """How slates are made."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    default_surface: str = Field("default", max_length=256, description="Surface of an event that names none.")
-    surfaces: dict[str, SurfaceConfig] = Field(
-        default_factory=lambda: {"default": SurfaceConfig()},
-        description="Surfaces by name. One that is not named here has the values of the default one.",
-    )
-    ranking: RankingConfig = Field(default_factory=RankingConfig, description="Score and rules.")
-    popular_items: int = Field(1_000, ge=1, le=100_000, description="Length of the list of popular items.")
-    popularity_half_life_index: int = Field(
-        1,
-        ge=0,
-        le=3,
-        description="Which half-life of the counters popularity and CTR use; 0 is the first, shortest one.",
-    )
-    refresh_seconds: float = Field(1.0, ge=0, le=600, description="Least time between two lists of popular items.")
-    fallback_ctr: float = Field(
-        0.01, gt=0, lt=1, description="CTR stated in a degraded slate for an item that is not in the popular list."
-    )
-    reason_similarity: float = Field(
-        0.25, ge=-1, le=1, description="Least similarity at which a clicked item is named as the reason of another."
-    )
-
-    @model_validator(mode="after")
-    def _default_exists(self) -> RecommenderConfig:
-        if self.default_surface not in self.surfaces:
-            raise ValueError(f"default_surface {self.default_surface!r} is not one of the surfaces")
-        return self
-
-    def surface(self, name: str | None) -> SurfaceConfig:
-        """Return the values of a surface; those of the default one where the name is unknown or None."""
-        return self.surfaces.get(name or self.default_surface) or self.surfaces[self.default_surface]
 
 
 @dataclass(slots=True)
@@ -188,6 +148,8 @@ class Recommender:
         self._model: ServingModel | None = None
         self._users = users if users is not None else user_state
         self.on_stage = on_stage or _no_stage
+        self._plans: list[Plan] = []
+        self._numbers: dict[str | None, int] = {}
         self._popular = no_popular()
         self._refreshed_at_ms: int | None = None
         self.fallbacks_without_past = 0
@@ -221,15 +183,18 @@ class Recommender:
         A slate has fewer than k items only where fewer may be shown. A request gets the same slate alone and in any
         batch.
         """
-        groups: dict[tuple[bool, int], list[int]] = {}
+        groups: dict[tuple[int, bool, int], list[int]] = {}
         for i, request in enumerate(requests):
             given = request.candidates is not None
-            groups.setdefault((given, 0 if given else self._width(request)), []).append(i)
+            plan = self._plan_number(request)
+            groups.setdefault((plan, given, 0 if given else self._width(request)), []).append(i)
         slates: dict[int, Slate] = {}
-        for (given, width), members in groups.items():
+        for (plan, given, width), members in groups.items():
             batch = [requests[i] for i in members]
             states = rows[np.array([r.row for r in batch], np.int64)]
-            for i, items in zip(members, self._rank(states, batch, given, width, now_ms), strict=True):
+            for i, items in zip(
+                members, self._rank(states, batch, self._plans[plan], given, width, now_ms), strict=True
+            ):
                 experiment = None if requests[i].draw_seed is None else RANDOMISED
                 slates[i] = Slate(items, False, self._surface_name(requests[i]), experiment)
         return [slates[i] for i in range(len(requests))]
@@ -251,11 +216,12 @@ class Recommender:
                 pool = sorted(asked, key=lambda row: (place.get(row, len(popular)), row))
             k = self._k(request)
             excluded = frozenset(request.exclude)
+            rules = self.config.surface(request.surface).rules
             items: list[RecommendedItem] = []
             for row in pool:
                 if len(items) == k:
                     break
-                if not plainly_servable(self._catalogue, row, now_ms, request.filters):
+                if not plainly_servable(self._catalogue, row, now_ms, request.filters, rules):
                     continue
                 item_id = self._catalogue.index.item_id(row)
                 if item_id in excluded or (hashes and hash64(item_id) in hashes):
@@ -278,30 +244,46 @@ class Recommender:
             width *= 2
         return width
 
+    def _plan_number(self, request: SlateRequest) -> int:
+        """Return the number of the plan of a request: surfaces that do the same are served together."""
+        surface = request.surface if request.surface in self.config.surfaces else None
+        number = self._numbers.get(surface)
+        if number is None:
+            plan = self.config.plan(surface)
+            if plan not in self._plans:
+                self._plans.append(plan)
+            number = self._numbers[surface] = self._plans.index(plan)
+        return number
+
     def _surface_name(self, request: SlateRequest) -> str:
         return request.surface or self.config.default_surface
 
     def _rank(
-        self, states: UserRows, batch: Sequence[SlateRequest], given: bool, width: int, now_ms: int
+        self, states: UserRows, batch: Sequence[SlateRequest], plan: Plan, given: bool, width: int, now_ms: int
     ) -> list[list[RecommendedItem]]:
         """Return the items of one group of requests: all with given candidates, or all retrieved at one width."""
-        ranking = self.config.ranking
+        ranking = plan.ranking
         ks = np.array([self._k(r) for r in batch], np.int64)
-        tastes, active = self._tastes(states, batch, now_ms)
+        tastes, active = self._tastes(states, batch, ranking, now_ms)
         past = past_of(self._users, states, self._catalogue.index, now_ms, ranking)
-        refuse = Refusal(self._catalogue, batch, None if given else past.unwanted, now_ms)
+        refuse = Refusal(self._catalogue, batch, None if given else past.unwanted, now_ms, plan.rules)
+        pinned = self._pinned(batch, plan) if plan.rules.pinned and not given else None
         if given:
             pool = self._given(batch, refuse)
         else:
             found = search_tastes(self._vector_index, tastes, active, max(1, 3 * width // 4))
             pool = merge(found, active, self._popular.rows, width, refuse)
-            self._complete(pool, ks, tastes, active, refuse, now_ms)
+            self._complete(pool, ks, tastes, active, refuse, plan, now_ms)
+        if pinned is not None:
+            pin(pool, pinned, refuse(pinned))
         self.on_stage("retrieve")
-        scores, ctr = self._score(states, pool, tastes, past, now_ms)
+        scores, ctr = self._score(states, pool, tastes, past, plan, now_ms)
+        scores = self._adjust(scores, pool, plan, now_ms)
         if given:
             scores -= is_in(pool.rows, past.unwanted) * UNWANTED_PENALTY
-        columns, counts = top_k(scores, pool.rows, pool.valid, int(ks.max(initial=0)))
-        counts = np.minimum(counts, ks)
+        columns, counts = self._order(scores, pool, ks, plan)
+        if pinned is not None:
+            pinned_first(columns, counts, ks, pool, pinned)
         drawn = self._draw(batch, pool, past, columns, counts)
         self.on_stage("score")
         winners = self._winners(pool, ctr, scores, columns, counts, past, active)
@@ -310,18 +292,46 @@ class Recommender:
         self.on_stage("assemble")
         return items
 
-    def _tastes(self, states: UserRows, batch: Sequence[SlateRequest], now_ms: int) -> tuple[F32, Bools]:
+    def _pinned(self, batch: Sequence[SlateRequest], plan: Plan) -> npt.NDArray[np.int32]:
+        """Return the rows of the pinned items of each request, int32 [B, P], -1 for those that are not known."""
+        rows = self._catalogue.index.rows(list(dict.fromkeys(plan.rules.pinned)))
+        return np.repeat(rows.astype(np.int32)[None], len(batch), axis=0)
+
+    def _adjust(self, scores: F32, pool: Pool, plan: Plan, now_ms: int) -> F32:
+        """Return the scores [B, C] after debias and boosts; the very same where neither is on."""
+        if plan.diversity.popularity_debias and scores.size:
+            rows = np.maximum(pool.rows, 0)
+            clicks = self._counters.read(rows.ravel(), now_ms)[:, self.config.popularity_half_life_index, CLICKS]
+            scores = debiased(scores, clicks.reshape(rows.shape), plan.diversity)
+        if plan.rules.boosts:
+            scores = scores + plan.rules.boost(self._catalogue, pool.rows, now_ms)
+        return scores
+
+    def _order(
+        self, scores: F32, pool: Pool, ks: npt.NDArray[np.int64], plan: Plan
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Return the columns of each slate, int64 [B, K], and how many count, int64 [B]."""
+        if plan.diversity.reorders:
+            vectors, _ = self._catalogue.vectors_of(pool.rows)
+            categories = self._catalogue.category_codes(pool.rows)
+            return diverse(scores, pool.rows, pool.valid, vectors, categories, ks, plan.diversity)
+        columns, counts = top_k(scores, pool.rows, pool.valid, int(ks.max(initial=0)))
+        return columns, np.minimum(counts, ks)
+
+    def _tastes(
+        self, states: UserRows, batch: Sequence[SlateRequest], ranking: RankingConfig, now_ms: int
+    ) -> tuple[F32, Bools]:
         """Return what each request is after, float32 [B, V, D], and which kinds there are, bool [B, V].
 
         A query counts whenever there is one; a profile only where the user has no vector of their own.
         """
         short, long, has = self._users.user_vectors(states, now_ms)
         tastes = np.zeros((len(batch), len(TASTES), self._catalogue.dim), np.float32)
-        tastes[:, SHORT_TERM] = scale_tastes(short, self.config.ranking.full_norm)
-        tastes[:, LONG_TERM] = scale_tastes(long, self.config.ranking.full_norm)
+        tastes[:, SHORT_TERM] = scale_tastes(short, ranking.full_norm)
+        tastes[:, LONG_TERM] = scale_tastes(long, ranking.full_norm)
         tastes[~has] = 0.0
         own = tastes[:, : LONG_TERM + 1]
-        own[np.linalg.norm(own, axis=2) < self.config.ranking.least_evidence] = 0.0
+        own[np.linalg.norm(own, axis=2) < ranking.least_evidence] = 0.0
         has = (own != 0).any(axis=(1, 2))
         for b, request in enumerate(batch):
             if request.query_vector is not None:
@@ -341,7 +351,14 @@ class Recommender:
         return Pool(rows, np.full(rows.shape, GIVEN, np.int8))
 
     def _complete(
-        self, pool: Pool, ks: npt.NDArray[np.int64], tastes: F32, active: Bools, refuse: Refusal, now_ms: int
+        self,
+        pool: Pool,
+        ks: npt.NDArray[np.int64],
+        tastes: F32,
+        active: Bools,
+        refuse: Refusal,
+        plan: Plan,
+        now_ms: int,
     ) -> None:
         """Fill, in place, the candidates of requests that would get a short slate, from the whole catalogue.
 
@@ -351,7 +368,7 @@ class Recommender:
         if not len(starved):
             return
         servable = self._catalogue.servable_rows(now_ms)
-        ranking = self.config.ranking
+        ranking = plan.ranking
         weights = ranking.taste_weights()
         for b in starved.tolist():
             rows = servable[~refuse.one(servable, b)]
@@ -369,13 +386,13 @@ class Recommender:
                 kept.get(row, code) for row, code in zip(rows.tolist(), source.tolist(), strict=True)
             ]
 
-    def _score(self, states: UserRows, pool: Pool, tastes: F32, past: Past, now_ms: int) -> tuple[F32, F32]:
+    def _score(self, states: UserRows, pool: Pool, tastes: F32, past: Past, plan: Plan, now_ms: int) -> tuple[F32, F32]:
         """Return the score of each candidate and its CTR, float32 [B, C]: by hand, or by the CTR model in use.
 
         A model's score is its log-odds, with what it does not know (query and profile) added; its CTR is the sigmoid
         of the log-odds alone. Raises ModelError where one is not finite.
         """
-        ranking, model = self.config.ranking, self._model
+        ranking, model = plan.ranking, self._model
         if model is None or model.scorer is None:
             features = self._gather(pool, tastes, past, now_ms)
             self.on_stage("gather")
@@ -492,26 +509,14 @@ class Recommender:
         )
 
 
-def plainly_servable(catalogue: Catalogue, row: int, now_ms: int, filters: Filters | None) -> bool:
+def plainly_servable(catalogue: Catalogue, row: int, now_ms: int, filters: Filters | None, rules: RulesConfig) -> bool:
     """Tell whether one item may be shown, by its record alone; the fallback's own check."""
     if not 0 <= row < len(catalogue.in_catalogue) or not catalogue.in_catalogue[row] or catalogue.hidden[row]:
         return False
     item = catalogue.item(row)
     if item is None or (item.expires_at is not None and epoch_ms(item.expires_at) <= now_ms):
         return False
-    if filters is None:
-        return True
-    if filters.categories is not None and not set(filters.categories) & set(item.categories or ()):
-        return False
-    if filters.tags is not None and not set(filters.tags) & set(item.tags or ()):
-        return False
-    if filters.published_after is not None and (
-        item.published_at is None or epoch_ms(item.published_at) < epoch_ms(filters.published_after)
-    ):
-        return False
-    if filters.min_price is not None and (item.price is None or item.price < filters.min_price):
-        return False
-    return filters.max_price is None or (item.price is not None and item.price <= filters.max_price)
+    return (filters is None or fits_filters(item, filters)) and rules.allows(item, now_ms)
 
 
 def _no_stage(_: str) -> None:

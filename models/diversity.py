@@ -1,0 +1,125 @@
+"""From scores to a slate that is not all alike: less of what is popular anyway, less of the same, few of a category.
+
+Axes as in models/ranking.py. Each strength is off at 0, and then nothing here is called.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import BaseModel, ConfigDict, Field
+
+from models.ranking import F32, I32, SCORE_STEPS, UNWANTED_PENALTY, Bools, top_k
+
+LEAST_COMPARED: Final = 100
+"""Candidates that maximal marginal relevance chooses from at least, the best by score; twice the slate if more."""
+_OVER_LIMIT: Final = 4.0
+"""More than any two values of maximal marginal relevance differ: what is over its category's maximum comes last."""
+
+
+class DiversityConfig(BaseModel):
+    """How much a slate gives up for what it would not show otherwise; each is off at 0."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    popularity_debias: float = Field(
+        0.0,
+        ge=0,
+        le=10,
+        description="Taken from the score for each unit of ln(1 + decayed clicks): 1 takes from the odds what is in "
+        "proportion to popularity. 0: off.",
+    )
+    sameness: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="Weight of likeness to what stands above in the slate, against the score (maximal marginal "
+        "relevance): 0 is off, 1 looks at likeness alone.",
+    )
+    max_per_category: int = Field(
+        0,
+        ge=0,
+        description="Most items of one category (an item's first) in a slate, as long as there are candidates of "
+        "others to fill it. 0: off.",
+    )
+
+    @property
+    def reorders(self) -> bool:
+        """Whether the slate is chosen item by item."""
+        return self.sameness > 0 or self.max_per_category > 0
+
+
+def debiased(scores: F32, clicks: F32, config: DiversityConfig) -> F32:
+    """Return scores [B, C] less what popularity alone gives; ``clicks`` float32 [B, C], decayed.
+
+    score − τ·ln(1 + clicks): logit adjustment after training (Menon et al. 2021, section 4.1), with an item's share
+    of clicks for the prior of its class; constants of a slate drop out.
+    """
+    debiased_scores: F32 = scores - np.float32(config.popularity_debias) * np.log1p(np.maximum(clicks, 0))
+    return debiased_scores
+
+
+def diverse(
+    scores: F32,
+    rows: I32,
+    valid: Bools,
+    vectors: F32,
+    categories: I32,
+    ks: npt.NDArray[np.int64],
+    config: DiversityConfig,
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Return the columns of each request's slate, best first, int64 [B, K], and how many count [B]; as ``top_k``.
+
+    Greedy: the next item is the one with the greatest (1 − λ)·relevance − λ·max cosine to those chosen (Carbonell and
+    Goldstein 1998, equation 1, with λ for their 1 − λ), relevance being the score scaled to 0 … 1 over the compared
+    candidates. ``vectors`` float32 [B, C, D] of unit norm or zero; ``categories`` int32 [B, C], 0 = none: never over
+    a maximum. ``ks`` int64 [B].
+    """
+    batch, width = rows.shape
+    k = int(min(ks.max(initial=0), width))
+    order, counts = top_k(scores, rows, valid, width)
+    compared = np.minimum(counts, width if config.max_per_category else np.maximum(LEAST_COMPARED, 2 * ks))
+    reach = int(compared.max(initial=0))
+    order = order[:, :reach]
+    counts = np.minimum(counts, ks)
+    if not k or not reach:
+        return order[:, :k], np.minimum(counts, k)
+    open_ = np.arange(reach) < compared[:, None]
+    ordered = np.take_along_axis(scores, order, axis=1)
+    penalised = ordered < -UNWANTED_PENALTY / 2
+    relevance = _relevance(ordered, open_ & ~penalised)
+    behind = np.where(penalised, UNWANTED_PENALTY, np.float32(0))
+    near = np.take_along_axis(vectors, order[:, :, None], axis=1)
+    kinds = np.take_along_axis(categories, order, axis=1)
+    used = np.zeros((batch, reach), np.int32)
+    likeness = np.zeros((batch, reach), np.float32)
+    chosen = np.zeros((batch, min(k, reach)), np.int64)
+    every = np.arange(batch)
+    strength = np.float32(config.sameness)
+    for place in range(chosen.shape[1]):
+        value = (1 - strength) * relevance - strength * likeness - behind
+        if config.max_per_category:
+            value = value - np.float32(_OVER_LIMIT) * (used >= config.max_per_category)
+        # In steps, as scores are compared: the last bits of a product decide nothing, the better score does.
+        steps = np.where(open_, np.rint(value * SCORE_STEPS), -np.inf)
+        best = steps.argmax(axis=1)
+        chosen[:, place] = best
+        open_[every, best] = False
+        if strength:
+            now = np.matmul(near, near[every, best][:, :, None])[:, :, 0]
+            likeness = now if place == 0 else np.maximum(likeness, now)
+        if config.max_per_category:
+            kind = kinds[every, best][:, None]
+            used += (kinds == kind) & (kind > 0)
+    return np.take_along_axis(order, chosen, axis=1), np.minimum(counts, chosen.shape[1])
+
+
+def _relevance(scores: F32, usual: Bools) -> F32:
+    """Return scores scaled to 0 … 1 over the usual ones of each request, float32 [B, C]; 0 for others, or all alike."""
+    low = np.where(usual, scores, np.inf).min(axis=1, keepdims=True)
+    high = np.where(usual, scores, -np.inf).max(axis=1, keepdims=True)
+    some = high > low
+    relevance: F32 = (scores - np.where(some, low, 0)) / np.where(some, high - low, 1)
+    return np.where(usual & some, relevance, 0).astype(np.float32)

@@ -1,0 +1,74 @@
+"""Surfaces and their settings: how slates are made, and by which plan one surface makes them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from models.diversity import DiversityConfig
+from models.events import MAX_CANDIDATES, MAX_K
+from models.ranking import RankingConfig
+from models.rules import RulesConfig
+
+
+class SurfaceConfig(BaseModel):
+    """One place of the product in which slates are shown."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    k: int = Field(20, ge=1, le=MAX_K, description="Items in a slate where the request does not say.")
+    candidates: int = Field(200, ge=1, le=MAX_CANDIDATES, description="Candidates scored for one slate of usual size.")
+    rules: RulesConfig = Field(default_factory=RulesConfig, description="What may be shown, boosts, pinned items.")
+    diversity: DiversityConfig = Field(default_factory=DiversityConfig, description="Debias, sameness, categories.")
+
+
+class RecommenderConfig(BaseModel):
+    """How slates are made."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    default_surface: str = Field("default", max_length=256, description="Surface of an event that names none.")
+    surfaces: dict[str, SurfaceConfig] = Field(
+        default_factory=lambda: {"default": SurfaceConfig()},
+        description="Surfaces by name. One that is not named here has the values of the default one.",
+    )
+    ranking: RankingConfig = Field(default_factory=RankingConfig, description="Score and rules.")
+    popular_items: int = Field(1_000, ge=1, le=100_000, description="Length of the list of popular items.")
+    popularity_half_life_index: int = Field(
+        1,
+        ge=0,
+        le=3,
+        description="Which half-life of the counters popularity and CTR use; 0 is the first, shortest one.",
+    )
+    refresh_seconds: float = Field(1.0, ge=0, le=600, description="Least time between two lists of popular items.")
+    fallback_ctr: float = Field(
+        0.01, gt=0, lt=1, description="CTR stated in a degraded slate for an item that is not in the popular list."
+    )
+    reason_similarity: float = Field(
+        0.25, ge=-1, le=1, description="Least similarity at which a clicked item is named as the reason of another."
+    )
+
+    @model_validator(mode="after")
+    def _default_exists(self) -> RecommenderConfig:
+        if self.default_surface not in self.surfaces:
+            raise ValueError(f"default_surface {self.default_surface!r} is not one of the surfaces")
+        return self
+
+    def surface(self, name: str | None) -> SurfaceConfig:
+        """Return the values of a surface; those of the default one where the name is unknown or None."""
+        return self.surfaces.get(name or self.default_surface) or self.surfaces[self.default_surface]
+
+    def plan(self, surface: str | None) -> Plan:
+        """Return by what the slates of a surface are made."""
+        chosen = self.surface(surface)
+        return Plan(self.ranking, chosen.rules, chosen.diversity)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """All that slates of one group have in common, sizes apart."""
+
+    ranking: RankingConfig
+    rules: RulesConfig
+    diversity: DiversityConfig
