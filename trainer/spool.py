@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, NamedTuple
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import structlog
@@ -25,7 +26,7 @@ from models.manifest import OffsetRange
 log = structlog.get_logger(__name__)
 
 _NAME: Final = re.compile(r"(\d{20})-(\d{20})-(\d{15})\.parquet")
-_SCHEMA: Final = pa.schema([("offset", pa.int64()), ("broker_ms", pa.int64()), ("value", pa.binary())])
+_SCHEMA: Final = pa.schema([("offset", pa.int64()), ("broker_ms", pa.int64()), ("value", pa.large_binary())])
 
 
 class SpooledRecord(NamedTuple):
@@ -56,13 +57,8 @@ class Spool:
         Raises OSError for a disk that is full or gone: nothing of the range is kept then.
         """
         newest = max((r.broker_ms for r in records), default=0)
-        columns = [
-            pa.array([r.offset for r in records], pa.int64()),
-            pa.array([r.broker_ms for r in records], pa.int64()),
-            pa.array([r.value for r in records], pa.binary()),
-        ]
         content = io.BytesIO()
-        pq.write_table(pa.table(columns, schema=_SCHEMA), content, compression="zstd")
+        pq.write_table(_table_of(records), content, compression="zstd")
         name = f"{covered.start:020d}-{covered.end:020d}-{newest:015d}.parquet"
         replace_file(self._partition(covered.topic, covered.partition) / name, content.getvalue())
 
@@ -138,9 +134,27 @@ def _files_in(folder: Path) -> list[_File]:
     return sorted(_File(int(m[1]), int(m[2]), int(m[3]), path) for path, m in matches if m)
 
 
+def _table_of(records: Sequence[SpooledRecord]) -> pa.Table:
+    """Return the records as columns, made of buffers: ``pa.array`` of a list imports pandas, which takes seconds."""
+
+    def integers(values: list[int]) -> pa.Array:
+        return pa.Array.from_buffers(pa.int64(), len(values), [None, pa.py_buffer(np.array(values, np.int64))])
+
+    ends = np.cumsum([0, *(len(r.value) for r in records)], dtype=np.int64)
+    value_buffers = [None, pa.py_buffer(ends), pa.py_buffer(b"".join(r.value for r in records))]
+    columns = [
+        integers([r.offset for r in records]),
+        integers([r.broker_ms for r in records]),
+        pa.Array.from_buffers(pa.large_binary(), len(records), value_buffers),
+    ]
+    return pa.Table.from_arrays(columns, schema=_SCHEMA)
+
+
 def _table(path: Path) -> pa.Table:
     try:
-        return pq.read_table(path, schema=_SCHEMA)
+        # Not pq.read_table: it imports pandas as well.
+        with pq.ParquetFile(path) as file:
+            return file.read(columns=_SCHEMA.names)
     except (OSError, pa.ArrowInvalid) as error:
         log.error("spool_file_deleted", file=path.name, error=str(error))
         path.unlink(missing_ok=True)
