@@ -31,7 +31,8 @@ from streams.topic_io import TopicWriter
 SWAPS: Final = 10
 PAUSE_SECONDS: Final = 1.0
 """After each swap, so that what it left behind shows too."""
-PREPARE_SECONDS: Final = 180.0
+PREPARE_SECONDS: Final = 600.0
+"""The graph of a new space is built behind everything else: on a machine with much else, slowly."""
 LAST_SLATES_SECONDS: Final = 5.0
 MOST_TIMES: Final = 2.0
 MODEL: Final = "bench"

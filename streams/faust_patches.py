@@ -6,6 +6,7 @@ The version is pinned: these classes override methods whose bodies were read, no
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
@@ -239,6 +240,8 @@ async def batches(stream: Any, max_events: int, idle_seconds: float) -> AsyncIte
             if not message.tracked:
                 message.tracked = True
                 app.consumer.track_message(message)
+        # Faust's watch over streams asks for it: without it, a busy worker logs errors from its fifth minute on.
+        app.monitor.stream_inbound_time.update(dict.fromkeys({e.message.tp for e in fresh}, time.monotonic()))
         if fresh:
             yield fresh
 
