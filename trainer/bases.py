@@ -167,7 +167,7 @@ class TrainedBase:
                 raise TrainingError("loss-not-finite", "the encoder's gradient is not finite; nothing was published")
             self._scaler.step(self._optimiser)
             self._scaler.update()
-        self._schedule.step()
+            self._schedule.step()
         self._optimiser.zero_grad(set_to_none=True)
         self._passes = []
 

@@ -88,7 +88,8 @@ def test_user_without_recents_has_no_part_in_the_logit() -> None:
     tensors = random_tensors(config, 2)
     slate = inputs(config, 2, 5, 4, 2)
     slate["recent_known_SR"][:] = False
-    before = CtrScorer(config, tensors).logits(**slate)
+    with np.errstate(over="raise", divide="raise", invalid="raise"):
+        before = CtrScorer(config, tensors).logits(**slate)
     slate["recents_SRD"] = -slate["recents_SRD"]
     tensors["head.user"] = -tensors["head.user"]
     tensors["head.scale"] = -tensors["head.scale"]
