@@ -84,7 +84,7 @@ def trainer(
 
 @app.command()
 def demo(
-    duration: Annotated[float, typer.Option(min=1.0, help="Seconds for which the users act, once they can.")] = 120.0,
+    duration: Annotated[float, typer.Option(min=1.0, help="Seconds for which the users act, once they can.")] = 180.0,
     users: Annotated[int, typer.Option(min=2, max=5_000, help="Simulated users; half of them get our slates.")] = 240,
     rate: Annotated[float, typer.Option(min=1.0, max=2_000.0, help="Events a second, about.")] = 80.0,
     items: Annotated[int, typer.Option(min=50, max=5_000, help="Films in the catalogue.")] = 1_200,

@@ -28,7 +28,8 @@ LOG_LINES: Final = 8
 
 GATE_IMPRESSIONS: Final = 800
 GATE_USERS: Final = 20
-GATE_MARGIN_AUC: Final = 0.02
+GATE_MARGIN_AUC: Final = 0.05
+"""Wide: users look at the first films most, so that clicks agree with whoever ordered the slate, the live model."""
 GATE_WORDS: Final = (
     f"its gate here: {GATE_IMPRESSIONS:,} impressions it has not learned from, AUC not worse by {GATE_MARGIN_AUC}, and "
     "log loss or AUC better beyond chance"

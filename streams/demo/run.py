@@ -24,7 +24,7 @@ from streams.demo.view import REFRESHES_PER_SECOND, Scene, View, milliseconds, s
 from streams.settings import Settings
 
 ENOUGH_FILMS: Final = 250
-"""Films that must be searchable before the users start; the others are encoded beside them."""
+"""Films that must be searchable before the users start, where all of them take too long."""
 INTERRUPTED: Final = 130
 STORY_FILMS: Final = 100
 TOLD: Final = frozenset({"promoted", "rolled-back"})
@@ -36,7 +36,7 @@ T = TypeVar("T")
 class DemoOptions:
     """What the command line gives."""
 
-    duration_seconds: float = 120.0
+    duration_seconds: float = 180.0
     users: int = 240
     events_per_second: float = 80.0
     items: int = 1_200

@@ -37,6 +37,8 @@ from streams.topics import TopicNames
 FOLDER: Final = Path(".millstream/demo")
 PARTITIONS: Final = 4
 SLATE_ITEMS: Final = 10
+ALL_FILMS_SECONDS: Final = 60.0
+"""How long all films are waited for; then enough of them are enough."""
 START_SECONDS: Final = 300.0
 """How long the worker may take until its first films are searchable: the first start may load an encoder."""
 STOP_SECONDS: Final = 20.0
@@ -143,9 +145,10 @@ class Stage:
         self._family: dict[int, psutil.Process] = {}
 
     async def up(self, films: Sequence[Film], enough: int) -> None:
-        """Start everything; returns when ``enough`` films are searchable.
+        """Start everything; returns when all films are searchable, or after a while ``enough`` of them.
 
-        Raises BrokerUnavailable, LayoutError, DeliveryError or DemoError.
+        A film that the worker cannot compare yet is scored otherwise by the trainer, which has its text. Raises
+        BrokerUnavailable, LayoutError, DeliveryError or DemoError.
         """
         await self._start_kafka()
         self._say(f"creating topics {self.run_id}.*")
@@ -155,8 +158,8 @@ class Stage:
         await self._start_worker()
         self._say(f"loading {len(films)} films")
         await self._load(films)
-        self._say("waiting for the worker to join its group and for the first films to be encoded")
-        await self._until_searchable(enough)
+        self._say("waiting for the worker to join its group and for the films to be encoded")
+        await self._until_searchable(len(films), enough)
 
     def worker_problem(self) -> str | None:
         """Return why the worker no longer runs, None while it does."""
@@ -226,9 +229,13 @@ class Stage:
                 writer.add(outbox, topic, film.item_id.encode(), msgspec.json.encode(film.item()), JSON)
             await writer.send(outbox)
 
-    async def _until_searchable(self, enough: int) -> None:
-        deadline = time.monotonic() + START_SECONDS
-        while not (self.metrics.ready and self.metrics.searchable >= enough):
+    async def _until_searchable(self, everything: int, enough: int) -> None:
+        began = time.monotonic()
+        deadline = began + START_SECONDS
+        while True:
+            wanted = everything if time.monotonic() - began < ALL_FILMS_SECONDS else enough
+            if self.metrics.ready and self.metrics.searchable >= wanted:
+                return
             problem = self.worker_problem()
             if problem:
                 raise DemoError(problem)

@@ -19,7 +19,7 @@ from streams.kafka_clients import new_admin
 from streams.settings import Settings
 from tests.integration.conftest import REPOSITORY
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 
 RUN_SECONDS = 300.0
 """An upper bound: the encoder alone takes half a minute to load on a busy machine."""
@@ -81,6 +81,12 @@ def processes_in(folder: Path) -> list[psutil.Process]:
     return found
 
 
+def child(process: subprocess.Popen[str], *words: str) -> psutil.Process:
+    """Return the demo's own child whose command line has these words."""
+    (found,) = [p for p in psutil.Process(process.pid).children() if set(words) <= set(p.cmdline())]
+    return found
+
+
 def demo_topics(kafka: str, output: str) -> list[str]:
     """Return the topics of this run that the broker still lists."""
     found = re.search(r"creating topics (demo-\w+)", output)
@@ -105,6 +111,8 @@ def test_a_run_ends_by_itself_with_slates_a_summary_and_nothing_left(start: Star
     assert re.search(r"slates received +[1-9]", output), output
     assert re.search(r"freshness +p50 \d+ ms, p99 ", output), output
     assert re.search(r"click rate +millstream [\d.]+%", output), output
+    # Too short to learn anything: that is said.
+    assert "no bundle was promoted: " in output
     assert processes_in(tmp_path) == []
     assert demo_topics(kafka, output) == []
 
@@ -112,12 +120,42 @@ def test_a_run_ends_by_itself_with_slates_a_summary_and_nothing_left(start: Star
 def test_a_run_whose_worker_is_killed_fails_and_leaves_nothing(start: Start, kafka: str, tmp_path: Path) -> None:
     process = start("--duration", "200")
     until_output(tmp_path, "events/s", process)
-    (supervisor,) = psutil.Process(process.pid).children()
-    supervisor.kill()
+    child(process, "streams.demo.worker_process").kill()
     code = process.wait(RUN_SECONDS)
     output = (tmp_path / "output").read_text()
     assert code == 1, output
     assert "failed: the worker ended by signal 9" in output
+    assert processes_in(tmp_path) == []
+    assert demo_topics(kafka, output) == []
+
+
+def test_a_bundle_is_learned_from_the_users_clicks_and_swapped_in_while_they_go_on(
+    start: Start, kafka: str, tmp_path: Path
+) -> None:
+    process = start("--duration", "200", "--users", "80", "--rate", "80")
+    code = process.wait(RUN_SECONDS + 200)
+    output = (tmp_path / "output").read_text()
+    assert code == 0, output
+    assert re.search(r"trainer: candidate: \S+ learned from [\d,]+ impressions", output), output
+    assert re.search(r"\*\*\* .* learned from these clicks, makes the slates now", output), output
+    assert re.search(r"model +20\S+Z live \d+ s after the users started", output), output
+    assert re.search(r"before the swap +click rate millstream [\d.]+% .*, popularity [\d.]+%", output), output
+    assert re.search(r"after the swap +click rate millstream [\d.]+% .*, popularity [\d.]+%", output), output
+    assert processes_in(tmp_path) == []
+    assert demo_topics(kafka, output) == []
+
+
+def test_a_run_whose_trainer_is_killed_goes_on_and_fails_at_the_end_with_the_reason(
+    start: Start, kafka: str, tmp_path: Path
+) -> None:
+    process = start("--duration", "15")
+    until_output(tmp_path, "events/s", process)
+    child(process, "millstream", "trainer").kill()
+    code = process.wait(RUN_SECONDS)
+    output = (tmp_path / "output").read_text()
+    assert code == 1, output
+    assert "failed: the trainer ended by signal 9" in output
+    assert re.search(r"slates received +[1-9]", output), output
     assert processes_in(tmp_path) == []
     assert demo_topics(kafka, output) == []
 

@@ -122,6 +122,26 @@ def test_the_interval_of_the_difference_is_wider_when_one_pair_made_all_the_clic
     assert widths[0] < widths[1]
 
 
+def test_a_click_counts_in_the_span_in_which_its_slate_was_shown() -> None:
+    rates = ClickRates(1)
+    for half in Half:
+        rates.show(0.0, half, 0)
+    rates.begin_after()
+    rates.click(1.0, Half.OURS, 0)
+    for half in Half:
+        rates.show(2.0, half, 0)
+    (before, ours_before, _), (after, ours_after, _) = rates.spans()
+    assert (before, ours_before.rate) == ("before", 1.0)
+    assert (after, ours_after.rate) == ("after", 0.0)
+
+
+def test_a_run_without_a_swap_has_one_span() -> None:
+    rates = ClickRates(1)
+    for half in Half:
+        rates.show(0.0, half, 0)
+    assert [name for name, _, _ in rates.spans()] == ["before"]
+
+
 def test_there_is_no_interval_when_a_half_was_shown_nothing() -> None:
     rates = ClickRates(2)
     rates.show(0.0, Half.OURS, 0)

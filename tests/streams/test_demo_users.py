@@ -137,6 +137,15 @@ def test_a_user_looks_at_the_slate_that_answers_the_request() -> None:
     assert [(d.items, d.slate_id) for d in shown] == [(["i7", "i3"], "slate-1")]
 
 
+def test_the_experiment_of_a_slate_is_echoed_when_it_is_shown() -> None:
+    simulation = two_users(0.0)
+    simulation.start(0.0)
+    simulation.due(4.0)
+    simulation.slate("viewer-001a", ["i7"], "slate-1", 4.0, "randomised")
+    shown = [d for d in simulation.due(4.1) if isinstance(d, Show) and d.person.half is Half.OURS]
+    assert [d.experiment for d in shown] == ["randomised"]
+
+
 def test_after_a_click_the_next_slate_is_awaited_without_another_request() -> None:
     simulation = two_users(1.0)
     simulation.start(0.0)
