@@ -69,7 +69,7 @@ class JoinerConfig(BaseModel):
         "has any is closed early.",
     )
     max_unmatched_actions: int = Field(
-        16, ge=0, le=1_000, description="Most actions kept whose impression has not come; beyond it the oldest goes."
+        8, ge=0, le=1_000, description="Most actions kept whose impression has not come; beyond it the oldest goes."
     )
     max_bytes: int = Field(
         16_384, ge=256, le=500_000, description="Most bytes kept of one user, about; beyond it the oldest goes."
