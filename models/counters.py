@@ -240,6 +240,10 @@ class ItemCounters:
             out[ahead] = sums[ahead] / np.repeat(self._landmark.factors(self._ref_ms[safe[ahead]]), KINDS, axis=1)
         return out.reshape(*safe.shape, HALF_LIVES, KINDS)
 
+    def last_offsets(self, partition: int, rows: npt.NDArray[np.integer]) -> Int64:
+        """Return the last offset of a partition that the counts of rows [n] contain, int64 [n]; -1: none."""
+        return self._partition(partition).contained(rows)
+
     def totals(self, rows: npt.NDArray[np.integer]) -> Float64:
         """Return the undecayed totals, float64 [..., 3]: impressions and clicks exact, weighted actions to 0.001."""
         totals = self._totals[self._safe(rows)].astype(np.float64)

@@ -22,9 +22,10 @@ from models.user_row import RECENT
 
 VERSION: Final = 1
 LAGGED: Final = 1
-"""Flag of features: processed long after it was written, so that its counters may have seen the future."""
+"""Flag of features: processed long after it happened, or behind a later action of its user, so that the counters or the
+row have seen its future."""
 REPLAYED: Final = 2
-"""Flag of features: the user's row already held the event, so that the state is that after it."""
+"""Flag of features: the user's row or the counters already held the event, so that the state is that after it."""
 SAMPLED: Final = 4
 """Flag of features: made from an action without an impression; all but the first item were drawn (models.sampling)."""
 EARLY: Final = 1

@@ -293,6 +293,14 @@ class PartitionCounters:
         self.ref_ms[slots] = state.ref_ms[newer]
         return newer, change, totals_change
 
+    def contained(self, rows: npt.NDArray[np.integer]) -> Int64:
+        """Return the last offset that the counts of item rows [n] contain, -1 where there are none; changes nothing."""
+        found = np.full(len(rows), -1, np.int64)
+        held = np.flatnonzero((rows >= 0) & (rows < len(self._slot_of_row)))
+        slots = self._slot_of_row[rows[held]]
+        found[held[slots >= 0]] = self.last_offsets[slots[slots >= 0]]
+        return found
+
     def absolute(self, slots: Int64) -> Absolute:
         """Return the state of the items in ``slots``."""
         values = (

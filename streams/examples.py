@@ -151,9 +151,11 @@ class FeaturesWriter:
         )
         raw.positions[valid] = [item.position or 0 for slate in slates for item in slate.items]
         scores = self._scores(raw, rows, item_rows)
-        limit_ms = self._settings.examples.max_lag_seconds * 1000
-        lagged = [now_ms - slate.event.broker_ms > limit_ms for slate in slates]
-        self._metrics.features_lagged.inc(sum(lagged))
+        flags = [
+            self._lagged(slate.event, now_ms, knows_more) | self._replayed(slate, item_rows[i])
+            for i, (slate, knows_more) in enumerate(zip(slates, _know_later_actions(rows, times_ms), strict=True))
+        ]
+        self._metrics.features_lagged.inc(sum(bool(flag & LAGGED) for flag in flags))
         return [
             encode(
                 self._record(
@@ -162,7 +164,7 @@ class FeaturesWriter:
                     i,
                     [(version, values[i, : len(slate.hashes)].astype("<f4").tobytes()) for version, values in scores],
                     now_ms,
-                    LAGGED if lagged[i] else 0,
+                    flags[i],
                 )
             )
             for i, slate in enumerate(slates)
@@ -188,7 +190,7 @@ class FeaturesWriter:
             time_ms=event.time_ms,
             broker_ms=event.broker_ms,
             processed_ms=now_ms,
-            flags=flags | (REPLAYED if slate.outcome is Outcome.REPLAYED else 0),
+            flags=flags,
             surface=impression.surface or self._settings.recommender.default_surface,
             request_id=impression.request_id,
             experiment=impression.experiment,
@@ -203,6 +205,24 @@ class FeaturesWriter:
             model_version=live.version,
             **state_fields(raw, place),
         )
+
+    def _lagged(self, event: Decoded, now_ms: int, knows_later_action: bool) -> int:
+        """Return LAGGED where the counters or the row (``knows_later_action``) have seen what came after the event."""
+        is_trusted = self._settings.events.clock.policy == "trusted"
+        # What a client held back for hours is as late as what lay on the topic; an import's times are all long ago.
+        since_ms = event.broker_ms if is_trusted else min(event.broker_ms, event.time_ms)
+        late = now_ms - since_ms > self._settings.examples.max_lag_seconds * 1000
+        return LAGGED if late or knows_later_action else 0
+
+    def _replayed(self, slate: _Slate, item_rows: npt.NDArray[np.int32]) -> int:
+        """Return REPLAYED where the row or the counters hold the event itself, or what came after it in its log.
+
+        Counters are published beside the batch in work: after a crash they may be ahead of the rows.
+        """
+        event = slate.event
+        counted = self._counters.last_offsets(event.partition, item_rows)
+        held = slate.outcome is Outcome.REPLAYED or bool((counted >= event.offset).any())
+        return REPLAYED if held else 0
 
     def _scores(
         self, raw: RawSlates, rows: Rows, item_rows: npt.NDArray[np.int32]
@@ -234,6 +254,17 @@ class FeaturesWriter:
     def _reader(self, model: ServingModel) -> UserReader:
         source = IndexedVectors(self._catalogue.index, model.vectors)
         return UserReader(self._settings.user_state, source, model.space_hash, model.carry)
+
+
+def _know_later_actions(rows: Rows, times_ms: npt.NDArray[np.int64]) -> list[bool]:
+    """Tell which rows [S] hold an action that came before the impression in the log, but is later than ``times_ms``.
+
+    It may be the very click on that impression: the row's recent items and tastes would tell the label.
+    """
+    acted_s = rows["recent"]["time_s"].max(axis=1).astype(np.int64)
+    # A ring keeps whole seconds: within the impression's own second the row's last time decides.
+    later: list[bool] = ((acted_s >= times_ms // 1000) & (rows["last_time_ms"] > times_ms)).tolist()
+    return later
 
 
 def policy_of(impression: Impression) -> str:

@@ -118,8 +118,9 @@ class ExamplesSettings(_Section):
     max_lag_seconds: float = Field(
         60.0,
         gt=0,
-        description="An impression processed later than this after it was written is marked and left out of training: "
-        "its counters have seen its future.",
+        description="An impression processed later than this after it was written, or under the clock policy live "
+        "after it happened, is marked and left out of training: its counters have seen its future. So is one that "
+        "comes behind a later action of its user.",
     )
     with_scores: bool = Field(
         True, description="Write what the live model and those in shadow say of each item: promotion needs it."

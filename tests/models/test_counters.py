@@ -520,3 +520,10 @@ def test_no_room_for_unknown_items_counts_nothing_and_breaks_nothing() -> None:
     batch.add(0, 1_000, 1, 1, Touches(("nobody-knows",), (CLICKS,), (1.0,)))
     assert counters.add(0, batch) == 0
     assert counters.dropped_touches == 1
+
+
+def test_the_last_offset_that_an_item_contains_is_that_of_its_partition() -> None:
+    made = counters(partitions=2)
+    feed(made, [(impression("u", "ab", "1"), 3, T), (click("u", "a", "2"), 7, T)])
+    assert made.last_offsets(0, np.array([0, 1, 2, UNKNOWN, 10**6], np.int32)).tolist() == [7, 3, -1, -1, -1]
+    assert made.last_offsets(1, ROWS).tolist() == [-1, -1, -1]

@@ -227,6 +227,47 @@ def test_an_impression_processed_late_is_marked() -> None:
     assert bench.metrics.features_lagged._value.get() == 1
 
 
+def test_an_impression_that_a_client_held_back_is_marked() -> None:
+    bench = Bench()
+    event = bench.at(shown("1", event_time=NOW_MS - 3_600_000))
+    (record,) = bench.records(replace(event, broker_ms=NOW_MS))
+    assert record.flags == LAGGED
+
+
+def test_an_imported_impression_is_not_late_because_it_is_long_ago() -> None:
+    bench = Bench(Settings(events={"clock": {"policy": "trusted"}}))
+    event = bench.at(shown("1", event_time=NOW_MS - 10**10))
+    (record,) = bench.records(replace(event, broker_ms=NOW_MS))
+    assert record.flags == 0
+
+
+@pytest.mark.parametrize("one_batch", [True, False])
+def test_an_impression_that_comes_behind_its_own_click_is_marked(one_batch: bool) -> None:
+    bench = Bench()
+    early, late = bench.at(click("2", "c", at_ms=NOW_MS + 900)), bench.at(shown("123"))
+    if not one_batch:
+        bench.prepare(early)
+    (record,) = bench.records(*([early, late] if one_batch else [late]))
+    assert hash64("i2") in np.frombuffer(record.recent_items, "<u8")
+    assert record.flags == LAGGED
+
+
+def test_an_impression_after_a_click_of_the_same_second_is_not_marked() -> None:
+    bench = Bench()
+    (record,) = bench.records(bench.at(click("2", "c")), bench.at(shown("123", event_time=NOW_MS + 900)))
+    assert record.flags == 0
+
+
+def test_counters_that_a_crash_left_ahead_of_the_rows_mark_their_impression() -> None:
+    bench = Bench()
+    batch = [bench.at(shown("123")), bench.at(click("2", "c", at_ms=NOW_MS + 1_000))]
+    bench.prepare(*batch)
+    bench.rows.clear()
+    (record,) = bench.records(*batch)
+    assert clicks_of(record) == [0.0, 1.0, 0.0]
+    assert record.flags == REPLAYED
+
+
 def test_a_replayed_impression_is_sent_again_under_its_id_and_marked() -> None:
     bench = Bench()
     event = shown("12")
