@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from models.examples import BY_TIMER, LabelsRecord
-from tests.integration.conftest import SettingsWith, wait_until
+from models.user_value import has_block, split_value
+from tests.integration.conftest import SettingsWith, read_topic, wait_until
 from tests.integration.label_oracle import sent_labels
 from tests.integration.oracle import assert_exact
 from tests.integration.test_takeover import load, wait_processing
@@ -128,3 +129,28 @@ async def test_a_click_after_the_grace_is_counted_and_changes_no_label(
         await assert_exact(on)
         assert [places(label) for label in await labels_of(on, "u")] == [[]]
         assert await worker.metric("millstream_late_actions_total") == 1
+
+
+async def test_what_was_open_leaves_a_silent_users_value_when_nothing_can_change_it_any_more(
+    settings_with: SettingsWith, tmp_path: Path
+) -> None:
+    brief: dict[str, Any] = {"user_state": {"attribution_window_seconds": 2}, "joiner": {"grace_seconds": 1}}
+    async with world(settings_with, tmp_path, **brief) as on:
+        await on.ready_worker()
+        await on.publish([shown("silent", ["item-1"], now_ms())])
+
+        async def newest() -> bytes:
+            values = [r.value for r in await read_topic(on.settings, on.names.user_table_changelog)]
+            return values[-1] if values else b""
+
+        async def is_kept() -> bool:
+            return has_block(await newest())
+
+        await wait_until(is_kept, 20, "the impression is kept behind the row")
+        row, _ = split_value(await newest())
+
+        async def is_gone() -> bool:
+            return await newest() == row
+
+        await wait_until(is_gone, 60, "the row stands alone again", every_seconds=0.5)
+        assert [label.flags for label in await labels_of(on, "silent")] == [BY_TIMER]
