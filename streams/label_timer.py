@@ -61,7 +61,8 @@ class LabelTimer:
     @property
     def waiting_users(self) -> int:
         """Users with an impression that is open and not due yet."""
-        return sum(len(p.next_ms) for p in self._partitions.values())
+        # A take-over adds partitions from the state thread meanwhile.
+        return sum(len(p.next_ms) for p in list(self._partitions.values()))
 
     def keep_only(self, partitions: set[int]) -> None:
         """Forget the partitions that were revoked."""
@@ -134,9 +135,18 @@ class LabelTimer:
     def unsaid(self, labels: Sequence[SentLabels]) -> list[SentLabels]:
         """Return the labels that say something else than the timer did; call it before ``touch``.
 
-        What the timer said is acknowledged, and the last that is said of its impression.
+        What the timer said is acknowledged, and the last that is said of its impression until the user's own log says
+        something else: then it is forgotten, or a correction back to it would be taken for known.
         """
-        return [label for label in labels if not self._is_said(label)]
+        unsaid = []
+        for label in labels:
+            if self._is_said(label):
+                continue
+            unsaid.append(label)
+            held = self._partitions.get(label.partition)
+            if held is not None:
+                held.sent.get(label.key, {}).pop(label.record.impression_id, None)
+        return unsaid
 
     def may_strip(self, partition: int, key: bytes, block: bytes, now: float) -> bool:
         """Tell whether a user's block can go: past every correction, and every label of it acknowledged."""

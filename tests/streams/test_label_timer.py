@@ -148,6 +148,15 @@ def test_what_the_timer_did_not_say_or_said_otherwise_is_written() -> None:
         assert table.timer.unsaid([other]) == [other]
 
 
+def test_a_correction_back_to_what_the_timer_said_is_written() -> None:
+    table = Table()
+    table.apply(ANN, [impression([1, 2], 0)])
+    table.send(NOON + 700)
+    clicked_on, not_after_all = (closing(table, items, at_ms=START_MS + 900_000) for items in ([2], []))
+    assert table.timer.unsaid([clicked_on]) == [clicked_on]
+    assert table.timer.unsaid([not_after_all]) == [not_after_all]
+
+
 def test_what_was_due_but_not_acknowledged_is_written_again() -> None:
     table = Table()
     table.apply(ANN, [impression([1, 2], 0)])
