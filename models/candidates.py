@@ -21,11 +21,12 @@ from models.rules import RulesConfig
 
 I8 = npt.NDArray[np.int8]
 
-SOURCES: Final = (*TASTES, "popular", "candidates", "pinned")
+SOURCES: Final = (*TASTES, "popular", "candidates", "pinned", "fresh")
 """Names of the sources of a candidate, by code; the first ones are the tastes, in their order."""
 POPULAR: Final = len(TASTES)
 GIVEN: Final = POPULAR + 1
 PINNED: Final = GIVEN + 1
+FRESH: Final = PINNED + 1
 MAX_COLUMNS: Final = 1 << 16
 ALIKE: Final = 0.95
 """Cosine from which the short-term and the long-term vector count as one."""
@@ -222,7 +223,7 @@ def merge(found: I32, active: Bools, popular: I32, width: int, refused: Callable
     return _first_of_each(rows, sources, gone, width)
 
 
-def pin(pool: Pool, pinned: I32, refused: Bools) -> None:
+def pin(pool: Pool, pinned: I32, refused: Bools, source: int = PINNED) -> None:
     """Put the pinned rows [B, P] that are not refused [B, P] into the pool, instead of its last ones if it is full."""
     for b, (rows, gone) in enumerate(zip(pinned.tolist(), refused.tolist(), strict=True)):
         wanted = [row for row, out in zip(rows, gone, strict=True) if not out][: pool.rows.shape[1]]
@@ -231,7 +232,7 @@ def pin(pool: Pool, pinned: I32, refused: Bools) -> None:
         free = np.concatenate([free[held[free] < 0], free[held[free] >= 0][::-1]])
         missing = [row for row in wanted if row not in held]
         held[free[: len(missing)]] = missing
-        pool.sources[b, np.isin(held, wanted)] = PINNED
+        pool.sources[b, np.isin(held, wanted)] = source
 
 
 def pinned_first(

@@ -178,6 +178,15 @@ class RecommendedItem(msgspec.Struct):
     reason: Reason
 
 
+class ExplorationDraw(msgspec.Struct):
+    """How the drawn slots of a slate were drawn; the items in them have a propensity."""
+
+    pool: list[str]
+    """Ids of the items that could have been drawn."""
+    draws: int
+    """Draws that the propensities were counted from."""
+
+
 class Recommendation(msgspec.Struct, kw_only=True):
     """A slate on the ``recommendations`` topic."""
 
@@ -193,6 +202,8 @@ class Recommendation(msgspec.Struct, kw_only=True):
     space_id: str
     experiment: str | None
     items: list[RecommendedItem]
+    exploration: ExplorationDraw | None = None
+    """None where no slot was drawn from the fresh pool."""
 
 
 class ClockPolicy(BaseModel):

@@ -11,7 +11,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from models.candidates import GIVEN, PINNED, POPULAR, SOURCES
+from models.candidates import FRESH, GIVEN, PINNED, POPULAR, SOURCES
 from models.catalogue import Catalogue
 from models.events import ACTIONS, Reason, RecommendedItem
 from models.ranking import F32, I32, LONG_TERM, PROFILE, QUERY, SHORT_TERM, Bools
@@ -30,6 +30,7 @@ _NEWEST = Reason(kind=TRENDING, text="Among the newest items")
 _CHOSEN = Reason(kind=TRENDING, text="The best known of the items asked for")
 _PROFILE = Reason(kind=LIKE_PROFILE, text="Fits your profile")
 _DRAWN = Reason(kind=EXPLORATION, text="Drawn at random, to learn what you like")
+_NEW = Reason(kind=EXPLORATION, text="New here: shown to learn who likes it")
 _PINNED = Reason(kind=PINNED_BY_US, text="Picked for this page")
 _QUERY = Reason(kind=MATCHES_QUERY, text="Matches your search")
 _RECENT = Reason(kind=BECAUSE_CLICKED, text="Like what you clicked before")
@@ -101,16 +102,15 @@ def assemble(winners: Winners, catalogue: Catalogue) -> list[list[RecommendedIte
     slates: list[list[RecommendedItem]] = []
     for b, (rows, sources, scores, ctrs, trending, nearest, actions) in enumerate(columns):
         slate = []
-        if drawn is not None and counts[b] and drawn[b][0] == drawn[b][0]:
-            slates.append(
-                [
-                    RecommendedItem(item_id(row), i + 1, scores[i], ctrs[i], SOURCES[sources[i]], drawn[b][i], _DRAWN)
-                    for i, row in enumerate(rows[: counts[b]])
-                ]
-            )
-            continue
+        chances = drawn[b] if drawn is not None else None
         for i in range(counts[b]):
             source, near = sources[i], nearest[i]
+            if chances is not None and chances[i] == chances[i]:
+                why = _NEW if source == FRESH else _DRAWN
+                slate.append(
+                    RecommendedItem(item_id(rows[i]), i + 1, scores[i], ctrs[i], SOURCES[source], chances[i], why)
+                )
+                continue
             # A popular item that nobody clicked yet is there for being new: being near says more.
             if near >= 0 and (source in _LIKED_SOURCES or (source == POPULAR and not trending[i])):
                 reason = known.get((near, actions[i]))

@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from models import user_state
 from models.candidates import (
+    FRESH,
     GIVEN,
     POPULAR,
     SOURCES,
@@ -28,8 +29,9 @@ from models.candidates import (
 from models.catalogue import Catalogue
 from models.counters import CLICKS, ItemCounters
 from models.diversity import debiased, diverse
-from models.events import MAX_K, Filters, Reason, RecommendedItem, Request, epoch_ms
+from models.events import MAX_K, ExplorationDraw, Filters, Reason, RecommendedItem, Request, epoch_ms
 from models.exploration import RANDOMISED, draw
+from models.fresh_slots import Drawn, FreshPool, draw_slots, place
 from models.hashing import hash64
 from models.live_features import raw_from_state
 from models.log_odds import probability
@@ -88,6 +90,8 @@ class SlateRequest:
     profile_vector: F32 | None = None
     """float32 [D], of the profile text; used where the user has no vector of their own."""
     request: Request | None = None
+    slot_seed: int | None = None
+    """Slots that the surface keeps for new items are drawn with this seed; None: they are ranked as all others."""
     draw_seed: int | None = None
     """Of a randomised user: the slate is drawn with this seed (models.exploration.draw_seed); None: ranked."""
 
@@ -123,6 +127,8 @@ class Slate:
     surface: str
     experiment: str | None = None
     """RANDOMISED where the items were drawn instead of ranked."""
+    exploration: ExplorationDraw | None = None
+    """How the slots for new items were drawn; None: there were none."""
 
 
 class Recommender:
@@ -150,6 +156,7 @@ class Recommender:
         self.on_stage = on_stage or _no_stage
         self._plans: list[Plan] = []
         self._numbers: dict[str | None, int] = {}
+        self._fresh: dict[int, FreshPool] = {}
         self._popular = no_popular()
         self._refreshed_at_ms: int | None = None
         self.fallbacks_without_past = 0
@@ -164,7 +171,7 @@ class Recommender:
         self._model = model
 
     def refresh(self, now_ms: int) -> None:
-        """Renew the list of popular items, at most once in ``refresh_seconds``; cheap when it is not due."""
+        """Renew what is popular and what is new, at most once in ``refresh_seconds``; cheap when it is not due."""
         last_ms = self._refreshed_at_ms
         if last_ms is not None and 0 <= now_ms - last_ms < self.config.refresh_seconds * 1000:
             return
@@ -176,6 +183,7 @@ class Recommender:
             self.config.popularity_half_life_index,
         )
         self._refreshed_at_ms = now_ms
+        self._fresh.clear()
 
     def recommend(self, rows: UserRows, requests: Sequence[SlateRequest], now_ms: int) -> list[Slate]:
         """Return one slate for each request, in their order. ``rows``: the user rows that the requests point into.
@@ -192,11 +200,11 @@ class Recommender:
         for (plan, given, width), members in groups.items():
             batch = [requests[i] for i in members]
             states = rows[np.array([r.row for r in batch], np.int64)]
-            for i, items in zip(
-                members, self._rank(states, batch, self._plans[plan], given, width, now_ms), strict=True
-            ):
+            made, drawn = self._rank(states, batch, plan, given, width, now_ms)
+            for b, (i, items) in enumerate(zip(members, made, strict=True)):
                 experiment = None if requests[i].draw_seed is None else RANDOMISED
-                slates[i] = Slate(items, False, self._surface_name(requests[i]), experiment)
+                exploration = drawn.log(b) if drawn is not None else None
+                slates[i] = Slate(items, False, self._surface_name(requests[i]), experiment, exploration)
         return [slates[i] for i in range(len(requests))]
 
     def fallback(self, rows: UserRows, requests: Sequence[SlateRequest], now_ms: int) -> list[Slate]:
@@ -259,15 +267,20 @@ class Recommender:
         return request.surface or self.config.default_surface
 
     def _rank(
-        self, states: UserRows, batch: Sequence[SlateRequest], plan: Plan, given: bool, width: int, now_ms: int
-    ) -> list[list[RecommendedItem]]:
-        """Return the items of one group of requests: all with given candidates, or all retrieved at one width."""
+        self, states: UserRows, batch: Sequence[SlateRequest], number: int, given: bool, width: int, now_ms: int
+    ) -> tuple[list[list[RecommendedItem]], Drawn | None]:
+        """Return the items of one group of requests: all with given candidates, or all retrieved at one width.
+
+        And what was drawn for slots of new items. ``number``: of their plan.
+        """
+        plan = self._plans[number]
         ranking = plan.ranking
         ks = np.array([self._k(r) for r in batch], np.int64)
         tastes, active = self._tastes(states, batch, ranking, now_ms)
         past = past_of(self._users, states, self._catalogue.index, now_ms, ranking)
         refuse = Refusal(self._catalogue, batch, None if given else past.unwanted, now_ms, plan.rules)
         pinned = self._pinned(batch, plan) if plan.rules.pinned and not given else None
+        fresh = self._draw_fresh(batch, number, refuse, ks, now_ms) if plan.fresh_slots.slots and not given else None
         if given:
             pool = self._given(batch, refuse)
         else:
@@ -276,6 +289,8 @@ class Recommender:
             self._complete(pool, ks, tastes, active, refuse, plan, now_ms)
         if pinned is not None:
             pin(pool, pinned, refuse(pinned))
+        if fresh is not None:
+            pin(pool, fresh.rows, fresh.rows < 0, FRESH)
         self.on_stage("retrieve")
         scores, ctr = self._score(states, pool, tastes, past, plan, now_ms)
         scores = self._adjust(scores, pool, plan, now_ms)
@@ -284,13 +299,39 @@ class Recommender:
         columns, counts = self._order(scores, pool, ks, plan)
         if pinned is not None:
             pinned_first(columns, counts, ks, pool, pinned)
-        drawn = self._draw(batch, pool, past, columns, counts)
+        propensities = self._draw(batch, pool, past, columns, counts)
+        if fresh is not None:
+            if propensities is None:
+                propensities = np.full(columns.shape, np.nan, np.float32)
+            place(fresh, pool.rows, columns, counts, ks, propensities)
         self.on_stage("score")
         winners = self._winners(pool, ctr, scores, columns, counts, past, active)
-        winners.propensities = drawn
+        winners.propensities = propensities
         items = assemble(winners, self._catalogue)
         self.on_stage("assemble")
-        return items
+        return items, fresh
+
+    def _draw_fresh(
+        self,
+        batch: Sequence[SlateRequest],
+        number: int,
+        refuse: Refusal,
+        ks: npt.NDArray[np.int64],
+        now_ms: int,
+    ) -> Drawn | None:
+        """Draw for the slots that the plan keeps for new items; a randomised user's slate is drawn whole instead."""
+        plan = self._plans[number]
+        pool = self._fresh.get(number)
+        if pool is None:
+            rows = self._catalogue.servable_rows(now_ms)
+            kept_out = np.isin(rows, self._catalogue.index.rows(list(plan.rules.pinned)))
+            kept_out |= plan.rules.refused(self._catalogue, rows, now_ms)
+            pool = FreshPool.build(self._catalogue, self._counters, rows[~kept_out], plan.fresh_slots, now_ms)
+            self._fresh[number] = pool
+        seeds = [request.slot_seed if request.draw_seed is None else None for request in batch]
+        allowed = ~refuse(np.repeat(pool.rows[None], len(batch), axis=0))
+        ids = [self._catalogue.index.item_id(row) for row in pool.rows.tolist()]
+        return draw_slots(pool, plan.fresh_slots, seeds, allowed, ids, ks.tolist())
 
     def _pinned(self, batch: Sequence[SlateRequest], plan: Plan) -> npt.NDArray[np.int32]:
         """Return the rows of the pinned items of each request, int32 [B, P], -1 for those that are not known."""

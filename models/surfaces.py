@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from models.diversity import DiversityConfig
 from models.events import MAX_CANDIDATES, MAX_K
+from models.fresh_slots import FreshSlots
 from models.ranking import RankingConfig
 from models.rules import RulesConfig
 
@@ -21,6 +22,7 @@ class SurfaceConfig(BaseModel):
     candidates: int = Field(200, ge=1, le=MAX_CANDIDATES, description="Candidates scored for one slate of usual size.")
     rules: RulesConfig = Field(default_factory=RulesConfig, description="What may be shown, boosts, pinned items.")
     diversity: DiversityConfig = Field(default_factory=DiversityConfig, description="Debias, sameness, categories.")
+    fresh_slots: FreshSlots = Field(default_factory=FreshSlots, description="Slots that are drawn from new items.")
 
 
 class RecommenderConfig(BaseModel):
@@ -62,7 +64,7 @@ class RecommenderConfig(BaseModel):
     def plan(self, surface: str | None) -> Plan:
         """Return by what the slates of a surface are made."""
         chosen = self.surface(surface)
-        return Plan(self.ranking, chosen.rules, chosen.diversity)
+        return Plan(self.ranking, chosen.rules, chosen.diversity, chosen.fresh_slots)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,3 +74,4 @@ class Plan:
     ranking: RankingConfig
     rules: RulesConfig
     diversity: DiversityConfig
+    fresh_slots: FreshSlots

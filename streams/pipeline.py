@@ -158,6 +158,7 @@ class Pipeline:
         self.shadows: list[ServingModel] = []
         """Models that are scored on live examples beside the one in use."""
         self._features = FeaturesWriter(settings, catalogue, counters, metrics, epoch)
+        self._has_drawn_slots = any(s.fresh_slots.slots for s in settings.recommender.surfaces.values())
         self._stage_seconds = {"retrieve": 0.0, "rank": 0.0}
         self._stage_began = 0.0
         recommender.on_stage = self._on_stage
@@ -335,9 +336,11 @@ class Pipeline:
             else:
                 request = SlateRequest(event.user_id, places[row_key], event.surface, profile_vector=profile)
             # By broker time: a slate that is made again draws the same.
-            if is_randomised(event.user_id, decoded.broker_ms, self._settings.exploration):
+            randomised = is_randomised(event.user_id, decoded.broker_ms, self._settings.exploration)
+            if randomised or self._has_drawn_slots:
                 topic, offset = decoded.message.topic, decoded.offset
-                request.draw_seed = draw_seed(topic, decoded.partition, offset, event.user_id)
+                seed = draw_seed(topic, decoded.partition, offset, event.user_id)
+                request.draw_seed, request.slot_seed = (seed, None) if randomised else (None, seed)
             requests.append(request)
         slates = self._recommend(values, requests, now_ms)
         for decoded, request, slate in zip(triggers, requests, slates, strict=True):
@@ -409,6 +412,7 @@ class Pipeline:
             model_version=self._model_version,
             space_id=self._space_name,
             experiment=slate.experiment,
+            exploration=slate.exploration,
             items=slate.items,
         )
         return SentSlate(decoded.partition, decoded.key, record, decoded.broker_ms, decoded.kind)
