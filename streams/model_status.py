@@ -27,6 +27,7 @@ log = structlog.get_logger(__name__)
 
 ID_FILE: Final = "worker-id"
 MAX_DETAIL_CHARACTERS: Final = 2_000
+SEND_SECONDS: Final = 10.0
 
 
 class LiveModel(msgspec.Struct):
@@ -125,6 +126,8 @@ class StatusWriter:
 
     async def _send(self, value: bytes | None) -> None:
         try:
-            await self._producer.send_and_wait(self._topic, key=self.worker_id.encode(), value=value)
+            # TimeoutError is an OSError: a stop must not wait for a broker that is away.
+            async with asyncio.timeout(SEND_SECONDS):
+                await self._producer.send_and_wait(self._topic, key=self.worker_id.encode(), value=value)
         except (KafkaError, OSError) as error:
             log.warning("model_status_not_sent", error=repr(error))

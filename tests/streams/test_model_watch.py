@@ -30,7 +30,7 @@ from models.pointer import GUARD_FILE, Pointer, Role
 from models.registry import Registry
 from models.retrieval import VectorIndex
 from models.serving import ServingModel
-from streams import item_vectors, model_watch
+from streams import item_vectors, model_status, model_watch
 from streams.catalogue_mirror import CatalogueState
 from streams.model_metrics import ModelMetrics
 from streams.model_slot import ModelSlot
@@ -533,3 +533,18 @@ def test_worker_keeps_its_id_over_a_restart(tmp_path: Path) -> None:
 
 def test_contents_of_these_tests_are_bundles_of_this_space() -> None:
     assert contents(space_id=SPACE.space_id, projection=PROJECTION, encoder_id=ENCODER).space.same_as(SPACE)
+
+
+class DeafProducer:
+    """A producer whose broker never answers."""
+
+    async def send_and_wait(self, topic: str, key: bytes, value: bytes | None) -> None:
+        """Wait for ever."""
+        await asyncio.Event().wait()
+
+
+async def test_goodbye_does_not_wait_for_a_broker_that_is_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model_status, "SEND_SECONDS", 0.01)
+    async with scene(tmp_path) as on:
+        writer = model_status.StatusWriter(on.settings, on.slot, on.watch, DeafProducer())
+        await asyncio.wait_for(writer.say_goodbye(), 10)
