@@ -26,6 +26,7 @@ from trainer.window import Stopping, consumer, last_values, read_range
 log = structlog.get_logger(__name__)
 
 ANNOUNCER: Final = "trainer"
+ANOTHER_DECIDER: Final = "another-decider"
 SILENT_INTERVALS: Final = 3.0
 """A worker that said nothing for so many status intervals is gone."""
 
@@ -158,7 +159,7 @@ class Announcer:
             return
         await producer.send_and_wait(topic, before, key=pointer.key)
         raise TrainingError(
-            "another-decider",
+            ANOTHER_DECIDER,
             f"generation {highest} of {self._name!r} was announced before generation {pointer.generation} of this "
             "trainer: another trainer or an operator decides too. What stood there was put back, workers have refused "
             "this one's; end one of the trainers",

@@ -20,8 +20,8 @@ from trainer.batches import TrainingSet
 from trainer.dataset import F32, Examples, ItemFacts
 from trainer.encodings import OutputCache
 from trainer.finetune import StartingPoint, Trained, train
+from trainer.ports import Identity, Learned
 from trainer.progress import Show
-from trainer.round import Identity, Learned
 from trainer.scoring import ItemTable, encode_items, score
 from trainer.settings import TrainerConfig
 from trainer.training_config import TrainingConfig

@@ -22,8 +22,9 @@ from models.registry import Registry, RegistryConfig
 from trainer.announce import Announcer
 from trainer.connection import Connection
 from trainer.metrics import TrainerMetrics
+from trainer.ports import Learner, Names, Ports
 from trainer.progress import Show, progress
-from trainer.round import Learner, Names, Ports, Round, RoundResult
+from trainer.round import Round, RoundResult
 from trainer.settings import TrainerConfig
 from trainer.spool import Spool
 from trainer.window import Stopped, WindowReader

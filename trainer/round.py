@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import shutil
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 import numpy as np
 import structlog
@@ -20,17 +20,14 @@ import structlog
 from models import bundle as bundles
 from models.bundle import BOOTSTRAP_VERSION, Bundle, BundleContents
 from models.errors import BundleError, EncoderError, TrainingError
-from models.examples import RANDOMISED, FeaturesRecord
-from models.manifest import Manifest, OffsetRange, Window, new_version
+from models.examples import RANDOMISED
+from models.manifest import Manifest, OffsetRange, new_version
 from models.pointer import Pointer, Pointers, plan_candidate, plan_promotion, plan_rollback, plan_withdrawal
-from models.registry import Registry, prune_cache
-from models.sampling import LoneAction
-from models.signing import PrivateKey, PublicKey
-from trainer.announce import ANNOUNCER, WorkerStatus, preparation
+from models.registry import prune_cache
+from trainer.announce import ANNOUNCER, ANOTHER_DECIDER, preparation
 from trainer.dataset import F32, Examples, ItemFacts, read_examples
 from trainer.lone_actions import sampled_examples
-from trainer.metrics import TrainerMetrics
-from trainer.progress import Show
+from trainer.ports import Identity, Names, Ports
 from trainer.promotion import (
     Decision,
     check_labels,
@@ -41,9 +38,8 @@ from trainer.promotion import (
     should_roll_back,
 )
 from trainer.settings import TrainerConfig
-from trainer.spool import Spool
 from trainer.state import Pending, TrainerState, load_state, save_state
-from trainer.window import Stopped, Stopping
+from trainer.window import Stopped
 
 log = structlog.get_logger(__name__)
 
@@ -53,100 +49,6 @@ PATIENCE: Final = 4
 POLL_SECONDS: Final = 0.5
 NOT_YET: Final = frozenset({"window-too-small"})
 """Reasons for which nothing was trained, and nothing is wrong."""
-
-
-class Source(Protocol):
-    """Where records and item texts come from."""
-
-    def read(self, since_ms: int) -> list[OffsetRange]:
-        """Spool everything of this broker time and later; return the ranges."""
-
-    def actions(self, since_ms: int) -> tuple[list[OffsetRange], list[LoneAction]]:
-        """Return the ranges of the events of this broker time and later, and the actions among them."""
-
-    def items(self) -> ItemFacts:
-        """Return what is known of the items."""
-
-    def labels_end(self) -> int:
-        """Return the sum of the end offsets of ``labels``."""
-
-
-class Board(Protocol):
-    """Where roles are announced."""
-
-    def pointers(self) -> Pointers:
-        """Return the roles as they are now."""
-
-    def statuses(self) -> list[WorkerStatus]:
-        """Return what each worker said last."""
-
-    def announce(self, planned: Sequence[Pointer]) -> None:
-        """Send pointers in their order."""
-
-
-@dataclass(frozen=True, slots=True)
-class Identity:
-    """What a bundle is called and where it comes from."""
-
-    name: str
-    version: str
-    created_ms: int
-    window: Window
-
-
-@dataclass(frozen=True, slots=True)
-class Learned:
-    """What a training made."""
-
-    contents: BundleContents
-    losses: Sequence[float]
-    auc: float
-    """On the held-back slice; NaN where it cannot be told."""
-    auc_before: float
-    """Of what it started from, on the same slice; NaN where it cannot be told."""
-    improved: bool = True
-    """False: no epoch was better on the held-back slice than the parent."""
-
-
-class Learner(Protocol):
-    """How is learned, and how a bundle scores."""
-
-    def train(
-        self, identity: Identity, examples: Examples, items: ItemFacts, parent: Bundle | None, show: Show
-    ) -> Learned:
-        """Learn from impressions in time order, starting from ``parent``, None meaning the bootstrap."""
-
-    def score(self, bundle: Bundle, records: Sequence[FeaturesRecord], items: ItemFacts) -> list[F32]:
-        """Return calibrated log-odds for each record, float32 [K]."""
-
-
-@dataclass(frozen=True, slots=True)
-class Ports:
-    """Everything outside that a round touches."""
-
-    source: Source
-    board: Board
-    registry: Registry
-    learner: Learner
-    spool: Spool
-    metrics: TrainerMetrics
-    show: Show
-    now_ms: Callable[[], int]
-    sleep: Callable[[float], None]
-    stopping: Stopping
-
-
-@dataclass(frozen=True, slots=True)
-class Names:
-    """What the round must know of the outside by name."""
-
-    features_topic: str
-    labels_topic: str
-    bundle_cache: Path
-    cache_bundles: int
-    status_interval_seconds: float
-    public_key: PublicKey | None = None
-    private_key: PrivateKey | None = None
 
 
 @dataclass(slots=True)
@@ -235,7 +137,8 @@ class Round:
         pointers = self._ports.board.pointers()
         candidate = pointers.version("candidate")
         if candidate is not None and candidate == pointers.version("live"):
-            self._announce(plan_withdrawal(pointers, "candidate", **self._said(f"{candidate} is live")))
+            planned = plan_withdrawal(pointers, "candidate", **self._said(f"{candidate} is live"))
+            self._announce(planned, result, "finished", f"the promotion of {candidate}")
         pending = self._state.pending
         if pending is None:
             return
@@ -281,8 +184,9 @@ class Round:
         self._state.looked_back_to_ms = both.newest_ms
         self._record(live, decision, other=previous)
         if decision.outcome == "roll-back":
-            self._announce(plan_rollback(pointers, **self._said(decision.sentence)))
-            result.add("rolled-back", f"{previous} is live again instead of {live}: {decision.sentence}")
+            planned = plan_rollback(pointers, **self._said(decision.sentence))
+            said = f"{previous} is live again instead of {live}: {decision.sentence}"
+            self._announce(planned, result, "rolled-back", said)
         save_state(self._config.data_folder, self._state)
 
     # --- the candidate -------------------------------------------------------------------------------------------
@@ -400,13 +304,12 @@ class Round:
         if pointer is None or pointer.version != candidate:
             result.add("overridden", f"{candidate} is no candidate any more; somebody else decided")
         elif decision.promote:
-            self._announce(
-                plan_promotion(pointers, candidate, pointer.manifest_sha256, **self._said(decision.sentence))
-            )
-            result.add("promoted", f"{candidate} is live: {decision.sentence}")
+            planned = plan_promotion(pointers, candidate, pointer.manifest_sha256, **self._said(decision.sentence))
+            self._announce(planned, result, "promoted", f"{candidate} is live: {decision.sentence}")
         else:
-            self._announce(plan_withdrawal(pointers, "candidate", **self._said(decision.sentence)))
-            result.add("refused", f"{candidate} is not promoted ({decision.reason}): {decision.sentence}")
+            planned = plan_withdrawal(pointers, "candidate", **self._said(decision.sentence))
+            said = f"{candidate} is not promoted ({decision.reason}): {decision.sentence}"
+            self._announce(planned, result, "refused", said)
         self._state.pending = None
         save_state(self._config.data_folder, self._state)
 
@@ -465,21 +368,16 @@ class Round:
             manifest, sha256 = self._published(contents)
         ports.metrics.trained(manifest.metrics, self._state.rounds)
         ports.metrics.learned_to(identity.window.to_ms)
-        self._announce(
-            plan_candidate(
-                ports.board.pointers(),
-                identity.version,
-                sha256,
-                **self._said(f"learned from {len(examples)} impressions"),
-            )
-        )
         self._state.learned_to_ms = identity.window.to_ms
-        save_state(config.data_folder, self._state)
-        result.add(
-            "candidate",
-            f"{identity.version} learned from {len(examples):,} impressions with {examples.clicks:,} positive labels, "
-            f"AUC {learned.auc:.4f} on the held-back slice, before {learned.auc_before:.4f}",
+        planned = plan_candidate(
+            ports.board.pointers(), identity.version, sha256, **self._said(f"learned from {len(examples)} impressions")
         )
+        said = (
+            f"{identity.version} learned from {len(examples):,} impressions with {examples.clicks:,} positive labels, "
+            f"AUC {learned.auc:.4f} on the held-back slice, before {learned.auc_before:.4f}"
+        )
+        self._announce(planned, result, "candidate", said)
+        save_state(config.data_folder, self._state)
 
     def _parent(self) -> Bundle | None:
         """Return the live bundle; None, the bootstrap, where there is none or it is gone from the registry."""
@@ -523,9 +421,15 @@ class Round:
     def _said(self, why: str) -> dict[str, Any]:
         return {"at_ms": self._ports.now_ms(), "by": ANNOUNCER, "why": why[:500]}
 
-    def _announce(self, planned: Sequence[Pointer]) -> None:
-        if planned:
+    def _announce(self, planned: Sequence[Pointer], result: RoundResult, outcome: str, sentence: str) -> None:
+        """Announce roles and note it; where an operator or another trainer spoke at the same moment, note that."""
+        try:
             self._ports.board.announce(planned)
+        except TrainingError as error:
+            if error.reason != ANOTHER_DECIDER:
+                raise
+            outcome, sentence = "overridden", error.detail
+        result.add(outcome, sentence)
 
     def _record(self, version: str, decision: Decision, *, other: str) -> None:
         """Keep a decision with its figures in the registry, in the log and in the metrics."""

@@ -23,9 +23,10 @@ from tests.models.bundles import contents, features_record
 from trainer.announce import VersionStatus, WorkerStatus
 from trainer.dataset import F32, Examples, ItemFacts
 from trainer.metrics import TrainerMetrics
+from trainer.ports import Identity, Learned, Names, Ports
 from trainer.progress import Show, silent
 from trainer.promotion import GateConfig
-from trainer.round import Identity, Learned, Names, Ports, Round, RoundResult
+from trainer.round import Round, RoundResult
 from trainer.settings import TrainerConfig
 from trainer.spool import Spool, SpooledRecord
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from models import bundle as bundles
-from models.errors import BrokerUnavailable, RegistryError
+from models.errors import BrokerUnavailable, RegistryError, TrainingError
 from models.pointer import plan_promotion, plan_withdrawal
 from tests.trainer.round_world import World, outside_error
 from trainer import state
@@ -293,6 +293,22 @@ def test_an_operator_who_speaks_while_workers_prepare_overrides(world: World) ->
     world.on_sleep = withdraw
     assert "overridden" in world.round().outcomes
     assert world.role("live") is None
+
+
+def test_an_operator_who_speaks_at_the_same_moment_overrides_and_is_not_overruled_later(world: World) -> None:
+    version = candidate(world)
+    world.impressions(300, shadows=[version])
+    world.workers_have(version)
+
+    def speak(call: str) -> None:
+        if call == "board.announce":
+            world.before_call = lambda _: None
+            raise TrainingError("another-decider", "an operator was first")
+
+    world.before_call = speak
+    assert world.round().outcomes[0] == "overridden"
+    assert world.role("live") is None
+    assert "promoted" not in world.round().outcomes
 
 
 def test_a_decision_that_was_made_is_carried_out_by_the_next_process_without_a_second_look(world: World) -> None:
