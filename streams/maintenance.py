@@ -18,7 +18,7 @@ from faust.exceptions import ConsumerNotStarted
 
 from models.errors import MillstreamError, RecordError, RowError
 from models.user_row import ROW_BYTES, VERSION, decode_rows, encode_rows, is_idle, is_marker, markers
-from models.user_value import split_value
+from models.user_value import guard_of, split_value
 from streams.exit_codes import ExitCode
 from streams.sender import Outbox
 
@@ -73,6 +73,15 @@ def next_offsets(read: Mapping[int, int | None], committed: Mapping[int, int]) -
     That holds the last offset read while events flow, but the committed one, which is the next, after a seek.
     """
     return {p: o if o == committed.get(p) else o + 1 for p, o in read.items() if o is not None}
+
+
+def may_be_replayed(value: bytes, epoch: int, next_offset: int) -> bool:
+    """Tell whether the last event that a value holds may come again, its outputs lost in a crash.
+
+    ``next_offset`` is where this process stands in the partition's log of ``epoch``, 0 before its first event.
+    """
+    held_epoch, offset = guard_of(value)
+    return held_epoch == epoch and offset >= next_offset
 
 
 class Maintenance:
@@ -226,13 +235,16 @@ class Maintenance:
         is_open: list[bool] = []
         puts: list[tuple[int, bytes, bytes | None]] = []
         for partition, key in keys:
+            value = worker.rows.get(partition, key)
             try:
-                row, block = split_value(worker.rows.get(partition, key))
+                row, block = split_value(value)
             except RowError:
                 continue
-            if row is None or row[0] != VERSION or len(row) > ROW_BYTES:
+            if value is None or row is None or row[0] != VERSION or len(row) > ROW_BYTES:
                 continue
-            spent = bool(block) and worker.label_timer.may_strip(partition, key, block, now)
+            # Labels that a crash cost are sent again from the block, when the events that closed them come again.
+            lost = may_be_replayed(value, worker.epoch, worker.handed.get(partition, 0))
+            spent = bool(block) and not lost and worker.label_timer.may_strip(partition, key, block, now)
             if spent:
                 puts.append((partition, key, row))
             kept.append((partition, key, row))

@@ -14,6 +14,7 @@ from models.user_row import empty_rows, encode_rows
 from models.user_value import join_value, split_value
 from streams.label_timer import Due, LabelTimer
 from streams.labels import RowKey, SentLabels
+from streams.maintenance import may_be_replayed
 from tests.models.user_state_logs import START_MS, click, event, impression
 
 WINDOW, GRACE = 600, 120
@@ -252,3 +253,11 @@ def test_a_request_moves_the_watermark_too() -> None:
     table.apply(ANN, [impression([1], 0)])
     table.apply((0, b"bob"), [event(2, [], offset=1, time_ms=START_MS + 601_000)])
     assert len(table.send(NOON)) == 1
+
+
+def test_labels_that_a_crash_cost_may_be_told_again_until_their_event_has_come_again() -> None:
+    rows = empty_rows(1)
+    rows["version"], rows["epoch"], rows["offset"] = 1, 5, 42 + 1
+    value = join_value(encode_rows(rows)[0], b"open")
+    assert [may_be_replayed(value, 5, next_offset) for next_offset in (0, 42, 43)] == [True, True, False]
+    assert not may_be_replayed(value, 6, 0), "the log of that offset is gone"
