@@ -68,6 +68,7 @@ class _User:
     """What was seen of one user so far: the same that a row would hold."""
 
     recent: list[LoneAction] = field(default_factory=list)
+    liked: set[int] = field(default_factory=set)
     clicks: int = 0
     actions: int = 0
 
@@ -75,6 +76,8 @@ class _User:
         """Take an action into account."""
         self.recent = [action, *(a for a in self.recent if a.item != action.item)][:RECENT]
         self.actions += 1
+        if action.is_positive:
+            self.liked.add(action.item)
         self.clicks += (action.code & ACTION_MASK) == _CLICK
 
 
@@ -86,14 +89,17 @@ def offset_of(negative_rate: float | None) -> float:
 def sampled_impressions(
     actions: Sequence[LoneAction], catalogue_hashes: UInt64, per_positive: int, seed: int
 ) -> list[tuple[FeaturesRecord, LabelsRecord]]:
-    """Return an impression for each positive action, in order of time: its item, then ``per_positive`` drawn ones.
+    """Return an impression for each user's first positive action on an item, in order of time.
+
+    It holds that item, then ``per_positive`` drawn ones.
 
     ``catalogue_hashes`` uint64 [n]: of the items to draw from, uniformly and without replacement; none that the same
     user has a positive action on anywhere in ``actions`` is drawn. An action's draw depends on ``seed``, its place in
     the log and what it may draw from, not on the other actions. The rate is that of one action: what is learned is how
     likely an item is at an action, of which a user may have many. Of the state, only the user's recent items and counts
     are known; counters, ages and similarities are those of an item that nobody has seen. An action for which nothing
-    is left to draw makes no impression.
+    is left to draw makes no impression, nor does one on an item that the user liked before: such items are never drawn,
+    so that standing among the recent ones would tell the label.
     """
     ordered = sorted(actions, key=lambda a: (a.time_ms, a.partition, a.offset))
     catalogue = np.unique(catalogue_hashes)
@@ -106,7 +112,7 @@ def sampled_impressions(
     made = []
     for action in ordered:
         user = users[action.user_id]
-        if action.is_positive:
+        if action.is_positive and action.item not in user.liked:
             drawn, possible = _draw(action, catalogue, own_places[action.user_id], per_positive, seed)
             if len(drawn):
                 made.append(_example(action, user, drawn, len(drawn) / possible))

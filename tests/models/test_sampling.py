@@ -63,6 +63,20 @@ def test_no_user_gets_an_own_positive_as_a_negative_and_none_twice(
         assert features.negative_rate == len(negatives) / possible
 
 
+def test_an_item_that_the_user_liked_before_is_no_example_again() -> None:
+    bought = 5 | 0x10
+    log = [act("u", 7, 1), act("u", 7, 2, bought), act("u", 8, 3), act("v", 7, 4)]
+    made = sampled_impressions(log, CATALOGUE, 5, seed=1)
+    assert [(f.user_id, items(f)[0]) for f, _ in made] == [("u", 7), ("u", 8), ("v", 7)]
+    for features, _ in made:
+        assert not set(items(features)) & set(np.frombuffer(features.recent_items, "<u8").tolist())
+
+
+def test_an_item_that_was_hidden_first_is_an_example_when_it_is_liked() -> None:
+    ((features, _),) = sampled_impressions([act("u", 7, 1, HIDE), act("u", 7, 2)], CATALOGUE, 5, seed=1)
+    assert items(features)[0] == 7
+
+
 def test_an_action_draws_the_same_in_another_window() -> None:
     first = sampled_impressions([act("u", 7, 1_000), act("v", 8, 2_000)], CATALOGUE, 5, seed=1)
     other = sampled_impressions([act("v", 8, 2_000), act("w", 3, 3_000)], CATALOGUE, 5, seed=1)
