@@ -11,6 +11,7 @@ from typing import Final, Protocol
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import BaseModel, ConfigDict, Field
 
 from models.catalogue import Catalogue
 from models.counters import CLICKS, ItemCounters
@@ -18,15 +19,18 @@ from models.events import Filters
 from models.ranking import F32, I32, LONG_TERM, SHORT_TERM, TASTES, Bools, clip_ctr, is_in
 from models.retrieval import VectorIndex
 from models.rules import RulesConfig
+from models.trending import Lists
 
 I8 = npt.NDArray[np.int8]
 
-SOURCES: Final = (*TASTES, "popular", "candidates", "pinned", "fresh")
+SOURCES: Final = (*TASTES, "popular", "candidates", "pinned", "fresh", "trending", "trending_category")
 """Names of the sources of a candidate, by code; the first ones are the tastes, in their order."""
 POPULAR: Final = len(TASTES)
 GIVEN: Final = POPULAR + 1
 PINNED: Final = GIVEN + 1
 FRESH: Final = PINNED + 1
+TREND: Final = FRESH + 1
+TREND_OF_CATEGORY: Final = TREND + 1
 MAX_COLUMNS: Final = 1 << 16
 ALIKE: Final = 0.95
 """Cosine from which the short-term and the long-term vector count as one."""
@@ -203,20 +207,73 @@ def alike(a: F32, b: F32) -> Bools:
     return same
 
 
-def merge(found: I32, active: Bools, popular: I32, width: int, refused: Callable[[I32], Bools]) -> Pool:
-    """Merge searches [B, V, n] and the popular list [p] into at most ``width`` different candidates a request.
+class Quotas(BaseModel):
+    """How the sources of candidates take turns. At the defaults, three of them are off and cost nothing."""
 
-    Sources take turns by rank, the vector searches twice for each popular item. A request without an active
-    taste gets popular items alone. ``refused`` tells for rows [B, M] which may not be candidates.
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    vectors: float = Field(
+        1.0, gt=0, le=100, description="Turns of each vector search (short-term, long-term, profile, query)."
+    )
+    popular: float = Field(0.5, gt=0, le=100, description="Turns of the most popular items.")
+    trending: float = Field(
+        0.0, ge=0, le=100, description="Turns of what is clicked most at the shortest half-life of the counters."
+    )
+    trending_category: float = Field(
+        0.0, ge=0, le=100, description="Turns of the same within the categories that the user acted on last."
+    )
+    fresh: float = Field(0.0, ge=0, le=100, description="Turns of the newest items.")
+
+    @property
+    def has_lists(self) -> bool:
+        """Whether a source that is off at the defaults is on."""
+        return self.trending > 0 or self.trending_category > 0 or self.fresh > 0
+
+
+Source = tuple[int, I32, float]
+"""Code, rows int32 [B, n] best first, turns."""
+
+
+def listed(lists: Lists, quotas: Quotas, catalogue: Catalogue, liked: I32) -> list[Source]:
+    """Return the sources that ``quotas`` turns on beside searches and the popular list; ``liked`` int32 [B, R]."""
+    batch = len(liked)
+    found: list[Source] = []
+    if quotas.trending:
+        found.append((TREND, np.repeat(lists.trending[None], batch, axis=0), quotas.trending))
+    if quotas.trending_category:
+        rows = lists.of_likes(catalogue.category_codes(liked))
+        found.append((TREND_OF_CATEGORY, rows, quotas.trending_category))
+    if quotas.fresh:
+        found.append((FRESH, np.repeat(lists.newest[None], batch, axis=0), quotas.fresh))
+    return found
+
+
+def merge(
+    found: I32,
+    active: Bools,
+    popular: I32,
+    width: int,
+    refused: Callable[[I32], Bools],
+    quotas: Quotas | None = None,
+    others: Sequence[Source] = (),
+) -> Pool:
+    """Merge searches [B, V, n], the popular list [p] and others into at most ``width`` different candidates a request.
+
+    Sources take turns by rank, as often as ``quotas`` says: by default the vector searches twice for each popular
+    item. An item that several sources found is of the one whose turn came first. A request without an active taste
+    gets popular items and others alone. ``refused`` tells for rows [B, M] which may not be candidates.
     """
+    quotas = quotas or Quotas()
     batch, tastes, per_taste = found.shape
     used = [v for v in range(tastes) if active[:, v].any()]
     popular = popular[:width]
-    rows = np.concatenate(
-        [found[:, used].reshape(batch, -1), np.broadcast_to(popular, (batch, len(popular)))], axis=1
-    ).astype(np.int64)
-    ranks = np.concatenate([np.tile(np.arange(per_taste), len(used)), 2 * np.arange(len(popular)) + 0.5])
-    sources = np.concatenate([np.repeat(np.array(used, np.int64), per_taste), np.full(len(popular), POPULAR)])
+    each = [(v, found[:, v], np.arange(per_taste) / quotas.vectors) for v in used]
+    shared = np.broadcast_to(popular, (batch, len(popular)))
+    each.append((POPULAR, shared, np.arange(len(popular)) / quotas.popular + 0.5))
+    each += [(code, rows, np.arange(rows.shape[1]) / turns + 0.75) for code, rows, turns in others]
+    rows = np.concatenate([part for _, part, _ in each], axis=1).astype(np.int64)
+    ranks = np.concatenate([rank for _, _, rank in each])
+    sources = np.concatenate([np.full(part.shape[1], code, np.int64) for code, part, _ in each])
     turn = np.lexsort((sources, ranks))
     rows, sources = rows[:, turn], sources[turn].astype(np.int8)
     gone = (rows < 0) | refused(rows.astype(np.int32))

@@ -1,4 +1,4 @@
-"""Winners to the items of a slate: id, source and a reason in plain English.
+"""Winners to the items of a slate: id, source and a reason in one plain sentence.
 
 Axes as in models/ranking.py, K positions of a slate.
 """
@@ -11,37 +11,24 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from models.candidates import FRESH, GIVEN, PINNED, POPULAR, SOURCES
+from models.candidates import FRESH, GIVEN, PINNED, POPULAR, SOURCES, TREND, TREND_OF_CATEGORY
 from models.catalogue import Catalogue
 from models.events import ACTIONS, Reason, RecommendedItem
 from models.ranking import F32, I32, LONG_TERM, PROFILE, QUERY, SHORT_TERM, Bools
+from models.reason_texts import TEXTS, Language
 
 BECAUSE_CLICKED: Final = "because_clicked"
 TRENDING: Final = "trending"
+NEW: Final = "new"
 LIKE_PROFILE: Final = "like_profile"
 MATCHES_QUERY: Final = "matches_query"
 EXPLORATION: Final = "exploration"
-PINNED_BY_US: Final = "pinned"
-KINDS: Final = (BECAUSE_CLICKED, TRENDING, LIKE_PROFILE, MATCHES_QUERY, EXPLORATION, PINNED_BY_US)
+PICKED: Final = "pinned"
+KINDS: Final = (BECAUSE_CLICKED, TRENDING, NEW, LIKE_PROFILE, MATCHES_QUERY, EXPLORATION, PICKED)
 TITLE_CHARACTERS: Final = 80
 
-_TRENDING = Reason(kind=TRENDING, text="Popular at the moment")
-_NEWEST = Reason(kind=TRENDING, text="Among the newest items")
-_CHOSEN = Reason(kind=TRENDING, text="The best known of the items asked for")
-_PROFILE = Reason(kind=LIKE_PROFILE, text="Fits your profile")
-_DRAWN = Reason(kind=EXPLORATION, text="Drawn at random, to learn what you like")
-_NEW = Reason(kind=EXPLORATION, text="New here: shown to learn who likes it")
-_PINNED = Reason(kind=PINNED_BY_US, text="Picked for this page")
-_QUERY = Reason(kind=MATCHES_QUERY, text="Matches your search")
-_RECENT = Reason(kind=BECAUSE_CLICKED, text="Like what you clicked before")
-_LIKED_SOURCES: Final = frozenset((SHORT_TERM, LONG_TERM, GIVEN))
-_VERBS: Final[dict[str, str]] = {
-    "like": "liked",
-    "share": "shared",
-    "purchase": "bought",
-    "rating": "rated",
-    "dwell": "spent time on",
-}
+_LIKED_SOURCES: Final = frozenset((SHORT_TERM, LONG_TERM, GIVEN, FRESH))
+"""Sources of which being near a liked item says more than they do themselves."""
 
 
 @dataclass(slots=True)
@@ -82,9 +69,10 @@ def nearest_liked(winner_vectors: F32, liked_vectors: F32, known: Bools, least: 
     return np.where(value >= least, best, -1)
 
 
-def assemble(winners: Winners, catalogue: Catalogue) -> list[list[RecommendedItem]]:
+def assemble(winners: Winners, catalogue: Catalogue, language: Language = "en") -> list[list[RecommendedItem]]:
     """Return the items of each slate, positions from 1; propensity None in a slot that was not drawn."""
     item_id = catalogue.index.item_id
+    reasons = Reasons(catalogue, language)
     counts = winners.counts.tolist()
     asked = winners.asked.tolist()
     columns = zip(
@@ -98,56 +86,87 @@ def assemble(winners: Winners, catalogue: Catalogue) -> list[list[RecommendedIte
         strict=True,
     )
     drawn = winners.propensities.tolist() if winners.propensities is not None else None
-    known: dict[tuple[int, int], Reason] = {}
     slates: list[list[RecommendedItem]] = []
     for b, (rows, sources, scores, ctrs, trending, nearest, actions) in enumerate(columns):
         slate = []
         chances = drawn[b] if drawn is not None else None
         for i in range(counts[b]):
-            source, near = sources[i], nearest[i]
+            source, near, chance = sources[i], nearest[i], None
             if chances is not None and chances[i] == chances[i]:
-                why = _NEW if source == FRESH else _DRAWN
-                slate.append(
-                    RecommendedItem(item_id(rows[i]), i + 1, scores[i], ctrs[i], SOURCES[source], chances[i], why)
-                )
-                continue
+                chance = chances[i]
+                reason = reasons.drawn_new if source == FRESH else reasons.drawn
             # A popular item that nobody clicked yet is there for being new: being near says more.
-            if near >= 0 and (source in _LIKED_SOURCES or (source == POPULAR and not trending[i])):
-                reason = known.get((near, actions[i]))
-                if reason is None:
-                    reason = known[near, actions[i]] = because_clicked(catalogue, near, actions[i])
+            elif near >= 0 and (source in _LIKED_SOURCES or (source == POPULAR and not trending[i])):
+                reason = reasons.because_clicked(near, actions[i])
+            elif source == TREND_OF_CATEGORY:
+                reason = reasons.of_category(rows[i])
             else:
-                reason = plain_reason(source, trending[i], asked[b])
-            slate.append(RecommendedItem(item_id(rows[i]), i + 1, scores[i], ctrs[i], SOURCES[source], None, reason))
+                reason = reasons.plain(source, trending[i], asked[b])
+            slate.append(RecommendedItem(item_id(rows[i]), i + 1, scores[i], ctrs[i], SOURCES[source], chance, reason))
         slates.append(slate)
     return slates
 
 
-def because_clicked(catalogue: Catalogue, row: int, action: int) -> Reason:
-    """Return the reason that names an item that the user liked, with its title where that is known.
+class Reasons:
+    """Makes the reasons of one batch; the same object for the same answer."""
 
-    ``action``: code of what the user did with it, as rows keep it.
-    """
-    item = catalogue.item(row)
-    title = item.title.strip() if item is not None else ""
-    if len(title) > TITLE_CHARACTERS:
-        title = title[: TITLE_CHARACTERS - 1].rstrip() + "…"
-    verb = _VERBS.get(ACTIONS[action - 1]) if 0 < action <= len(ACTIONS) else None
-    text = f"Because you {verb or 'clicked'} {f'“{title}”' if title else 'an item like it'}"
-    return Reason(kind=BECAUSE_CLICKED, text=text, item_ids=[catalogue.index.item_id(row)])
+    def __init__(self, catalogue: Catalogue, language: Language) -> None:
+        texts = self._texts = TEXTS[language]
+        self._catalogue = catalogue
+        self._known: dict[tuple[int, int], Reason] = {}
+        self._categories: dict[str, Reason] = {}
+        self.drawn = Reason(kind=EXPLORATION, text=texts.drawn)
+        self.drawn_new = Reason(kind=EXPLORATION, text=texts.drawn_new)
+        self._trending = Reason(kind=TRENDING, text=texts.trending)
+        self._newest = Reason(kind=NEW, text=texts.newest)
+        self._chosen = Reason(kind=TRENDING, text=texts.chosen)
+        recent = Reason(kind=BECAUSE_CLICKED, text=texts.recent)
+        self._by_source = {
+            SHORT_TERM: recent,
+            LONG_TERM: recent,
+            PROFILE: Reason(kind=LIKE_PROFILE, text=texts.profile),
+            QUERY: Reason(kind=MATCHES_QUERY, text=texts.query),
+            PINNED: Reason(kind=PICKED, text=texts.pinned),
+            FRESH: self._newest,
+            TREND: self._trending,
+        }
 
+    def because_clicked(self, row: int, action: int) -> Reason:
+        """Return the reason that names an item that the user liked, with its title where that is known.
 
-def plain_reason(source: int, is_trending: bool, asked: int) -> Reason:
-    """Return the reason of an item that no clicked item explains. The same object for the same answer."""
-    speaks = asked if source == GIVEN else source
-    if speaks == PINNED:
-        return _PINNED
-    if speaks == QUERY:
-        return _QUERY
-    if speaks == PROFILE:
-        return _PROFILE
-    if speaks in (SHORT_TERM, LONG_TERM):
-        return _RECENT
-    if is_trending:
-        return _TRENDING
-    return _NEWEST if source == POPULAR else _CHOSEN
+        ``action``: code of what the user did with it, as rows keep it.
+        """
+        reason = self._known.get((row, action))
+        if reason is None:
+            item = self._catalogue.item(row)
+            title = item.title.strip() if item is not None else ""
+            if len(title) > TITLE_CHARACTERS:
+                title = title[: TITLE_CHARACTERS - 1].rstrip() + "…"
+            verbs = self._texts.verbs
+            name = ACTIONS[action - 1] if 0 < action <= len(ACTIONS) else ACTIONS[0]
+            template = self._texts.because if title else self._texts.because_untitled
+            text = template.format(verb=verbs.get(name, verbs[ACTIONS[0]]), title=title)
+            reason = Reason(kind=BECAUSE_CLICKED, text=text, item_ids=[self._catalogue.index.item_id(row)])
+            self._known[row, action] = reason
+        return reason
+
+    def of_category(self, row: int) -> Reason:
+        """Return the reason of an item that trends in its first category."""
+        item = self._catalogue.item(row)
+        category = (item.categories or [""])[0] if item is not None else ""
+        if not category:
+            return self._trending
+        reason = self._categories.get(category)
+        if reason is None:
+            text = self._texts.trending_category.format(category=category)
+            reason = self._categories[category] = Reason(kind=TRENDING, text=text)
+        return reason
+
+    def plain(self, source: int, is_trending: bool, asked: int) -> Reason:
+        """Return the reason of an item that no clicked item explains."""
+        reason = self._by_source.get(asked if source == GIVEN else source)
+        if reason is not None:
+            return reason
+        if is_trending:
+            return self._trending
+        return self._newest if source == POPULAR else self._chosen

@@ -6,7 +6,7 @@ Axes as in models/ranking.py.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +18,10 @@ from models.candidates import (
     POPULAR,
     SOURCES,
     Pool,
+    Quotas,
     Refusal,
+    Source,
+    listed,
     merge,
     no_popular,
     pin,
@@ -29,7 +32,7 @@ from models.candidates import (
 from models.catalogue import Catalogue
 from models.counters import CLICKS, ItemCounters
 from models.diversity import debiased, diverse
-from models.events import MAX_K, ExplorationDraw, Filters, Reason, RecommendedItem, Request, epoch_ms
+from models.events import MAX_K, Filters, Reason, RecommendedItem, epoch_ms
 from models.exploration import RANDOMISED, draw
 from models.fresh_slots import Drawn, FreshPool, draw_slots, place
 from models.hashing import hash64
@@ -61,74 +64,18 @@ from models.ranking import (
     unit,
     wish_log_odds,
 )
-from models.reasons import Winners, assemble, nearest_liked
+from models.reason_texts import TEXTS
+from models.reasons import NEW, TRENDING, Winners, assemble, nearest_liked
 from models.retrieval import VectorIndex
 from models.rules import RulesConfig, fits_filters
 from models.serving import ServingModel
+from models.slates import Slate as Slate
+from models.slates import SlateRequest as SlateRequest
 from models.surfaces import Plan
 from models.surfaces import RecommenderConfig as RecommenderConfig
 from models.surfaces import SurfaceConfig as SurfaceConfig
+from models.trending import Lists
 from models.user_row import ACTION_MASK, NEGATIVE
-
-
-@dataclass(slots=True)
-class SlateRequest:
-    """One slate to make. ``row`` is the place of the user's row in the rows that are passed along."""
-
-    user_id: str
-    row: int
-    surface: str | None = None
-    k: int | None = None
-    """Items wanted; None: as the surface says."""
-    candidates: Sequence[str] | None = None
-    """Item ids to rank instead of retrieving; unknown ones are passed over."""
-    exclude: Sequence[str] = ()
-    """Item ids that must not appear."""
-    filters: Filters | None = None
-    query_vector: F32 | None = None
-    """float32 [D], of the query in the catalogue's space."""
-    profile_vector: F32 | None = None
-    """float32 [D], of the profile text; used where the user has no vector of their own."""
-    request: Request | None = None
-    slot_seed: int | None = None
-    """Slots that the surface keeps for new items are drawn with this seed; None: they are ranked as all others."""
-    draw_seed: int | None = None
-    """Of a randomised user: the slate is drawn with this seed (models.exploration.draw_seed); None: ranked."""
-
-    @classmethod
-    def of(
-        cls,
-        request: Request,
-        row: int,
-        query_vector: F32 | None = None,
-        profile_vector: F32 | None = None,
-    ) -> SlateRequest:
-        """Return what a request record asks for."""
-        return cls(
-            user_id=request.user_id,
-            row=row,
-            surface=request.surface,
-            k=request.k,
-            candidates=request.candidates,
-            exclude=request.exclude or (),
-            filters=request.filters,
-            query_vector=query_vector,
-            profile_vector=profile_vector,
-            request=request,
-        )
-
-
-@dataclass(slots=True)
-class Slate:
-    """An ordered list of items; ``degraded`` where it was made without the user's vectors and rules of score."""
-
-    items: list[RecommendedItem]
-    degraded: bool
-    surface: str
-    experiment: str | None = None
-    """RANDOMISED where the items were drawn instead of ranked."""
-    exploration: ExplorationDraw | None = None
-    """How the slots for new items were drawn; None: there were none."""
 
 
 class Recommender:
@@ -157,6 +104,7 @@ class Recommender:
         self._plans: list[Plan] = []
         self._numbers: dict[str | None, int] = {}
         self._fresh: dict[int, FreshPool] = {}
+        self._lists: Lists | None = None
         self._popular = no_popular()
         self._refreshed_at_ms: int | None = None
         self.fallbacks_without_past = 0
@@ -184,6 +132,7 @@ class Recommender:
         )
         self._refreshed_at_ms = now_ms
         self._fresh.clear()
+        self._lists = None
 
     def recommend(self, rows: UserRows, requests: Sequence[SlateRequest], now_ms: int) -> list[Slate]:
         """Return one slate for each request, in their order. ``rows``: the user rows that the requests point into.
@@ -285,7 +234,8 @@ class Recommender:
             pool = self._given(batch, refuse)
         else:
             found = search_tastes(self._vector_index, tastes, active, max(1, 3 * width // 4))
-            pool = merge(found, active, self._popular.rows, width, refuse)
+            others = self._others(plan.quotas, past, now_ms)
+            pool = merge(found, active, self._popular.rows, width, refuse, plan.quotas, others)
             self._complete(pool, ks, tastes, active, refuse, plan, now_ms)
         if pinned is not None:
             pin(pool, pinned, refuse(pinned))
@@ -307,9 +257,17 @@ class Recommender:
         self.on_stage("score")
         winners = self._winners(pool, ctr, scores, columns, counts, past, active)
         winners.propensities = propensities
-        items = assemble(winners, self._catalogue)
+        items = assemble(winners, self._catalogue, plan.reason_language)
         self.on_stage("assemble")
         return items, fresh
+
+    def _others(self, quotas: Quotas, past: Past, now_ms: int) -> list[Source]:
+        """Return the sources that the quotas turn on beside searches and popular items."""
+        if not quotas.has_lists:
+            return []
+        if self._lists is None:
+            self._lists = Lists.build(self._catalogue, self._counters, now_ms)
+        return listed(self._lists, quotas, self._catalogue, past.liked)
 
     def _draw_fresh(
         self,
@@ -538,7 +496,8 @@ class Recommender:
     ) -> RecommendedItem:
         popular = self._popular
         source = SOURCES[POPULAR] if request.candidates is None else SOURCES[GIVEN]
-        text = "Popular at the moment" if place is not None and place < popular.counted else "Among the newest items"
+        texts = TEXTS[self.config.surface(request.surface).reason_language]
+        clicked = place is not None and place < popular.counted
         return RecommendedItem(
             item_id=item_id,
             position=position,
@@ -546,7 +505,7 @@ class Recommender:
             ctr=float(popular.ctr[place]) if place is not None else self.config.fallback_ctr,
             source=source,
             propensity=None,
-            reason=Reason(kind="trending", text=text),
+            reason=Reason(TRENDING, texts.trending) if clicked else Reason(NEW, texts.newest),
         )
 
 

@@ -6,10 +6,12 @@ from dataclasses import dataclass
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from models.candidates import Quotas
 from models.diversity import DiversityConfig
 from models.events import MAX_CANDIDATES, MAX_K
 from models.fresh_slots import FreshSlots
 from models.ranking import RankingConfig
+from models.reason_texts import Language
 from models.rules import RulesConfig
 
 
@@ -20,9 +22,11 @@ class SurfaceConfig(BaseModel):
 
     k: int = Field(20, ge=1, le=MAX_K, description="Items in a slate where the request does not say.")
     candidates: int = Field(200, ge=1, le=MAX_CANDIDATES, description="Candidates scored for one slate of usual size.")
+    quotas: Quotas = Field(default_factory=Quotas, description="How the sources of candidates take turns.")
     rules: RulesConfig = Field(default_factory=RulesConfig, description="What may be shown, boosts, pinned items.")
     diversity: DiversityConfig = Field(default_factory=DiversityConfig, description="Debias, sameness, categories.")
     fresh_slots: FreshSlots = Field(default_factory=FreshSlots, description="Slots that are drawn from new items.")
+    reason_language: Language = Field("en", description="Language of the reasons: en or zh.")
 
 
 class RecommenderConfig(BaseModel):
@@ -64,7 +68,9 @@ class RecommenderConfig(BaseModel):
     def plan(self, surface: str | None) -> Plan:
         """Return by what the slates of a surface are made."""
         chosen = self.surface(surface)
-        return Plan(self.ranking, chosen.rules, chosen.diversity, chosen.fresh_slots)
+        return Plan(
+            self.ranking, chosen.quotas, chosen.rules, chosen.diversity, chosen.fresh_slots, chosen.reason_language
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +78,8 @@ class Plan:
     """All that slates of one group have in common, sizes apart."""
 
     ranking: RankingConfig
+    quotas: Quotas
     rules: RulesConfig
     diversity: DiversityConfig
     fresh_slots: FreshSlots
+    reason_language: Language
