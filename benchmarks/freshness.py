@@ -117,21 +117,27 @@ async def _send_items(made: Stage, seconds: float) -> None:
         await made.publish_items([(item.item_id, item)])
 
 
-async def times_of(made: Stage, begun_ms: int, ended_ms: int = 1 << 62) -> tuple[int, list[int]]:
-    """Return the number of triggers of a time span, and slate time − trigger time of each slate, in ms."""
+async def times_of(made: Stage, begun_ms: int) -> tuple[int, list[int]]:
+    """Return the number of triggers since ``begun_ms``, and slate time − trigger time of each slate, in ms."""
+    triggers, timed = await timed_slates(made, begun_ms)
+    return len(triggers), [took_ms for _, took_ms in timed]
+
+
+async def timed_slates(made: Stage, begun_ms: int) -> tuple[list[int], list[tuple[int, int]]]:
+    """Return the time of each trigger since ``begun_ms``, and of each slate its trigger's time and its own after it."""
     triggers = {
         (r.partition, r.offset): r.timestamp
         for r in await made.records(made.names.events)
-        if begun_ms <= r.timestamp < ended_ms and b'"impression"' not in r.value
+        if r.timestamp >= begun_ms and b'"impression"' not in r.value
     }
     decoder = msgspec.json.Decoder(Recommendation)
-    times: dict[tuple[int, int], int] = {}
+    times: dict[tuple[int, int], tuple[int, int]] = {}
     for record in await made.records(made.names.recommendations):
         trigger = decoder.decode(record.value).trigger
         place = (trigger.partition, trigger.offset)
         if place in triggers:
-            times.setdefault(place, record.timestamp - triggers[place])
-    return len(triggers), list(times.values())
+            times.setdefault(place, (triggers[place], record.timestamp - triggers[place]))
+    return list(triggers.values()), list(times.values())
 
 
 def _bound(buckets: list[tuple[float, float]], share: float) -> float:

@@ -14,7 +14,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from benchmarks.freshness import send_events, times_of
+from benchmarks.freshness import send_events, timed_slates
 from benchmarks.processes import BenchmarkError, WorkerProcess
 from benchmarks.results import CpuAccount, Figure, percentile
 from benchmarks.stage import Bench, Stage, stage
@@ -29,8 +29,11 @@ from streams.sender import Outbox
 from streams.topic_io import TopicWriter
 
 SWAPS: Final = 10
-PAUSE_SECONDS: Final = 1.0
-"""After each swap, so that what it left behind shows too."""
+AFTERMATH_SECONDS: Final = 1.0
+"""After each swap, counted to it: rows are rebuilt, what is freed is freed."""
+PAUSE_SECONDS: Final = 5.0
+"""Quiet between two swaps: tells a machine that became busy from a swap that costs."""
+GAP_MS: Final = round(PAUSE_SECONDS * 1000)
 PREPARE_SECONDS: Final = 600.0
 """The graph of a new space is built behind everything else: on a machine with much else, slowly."""
 LAST_SLATES_SECONDS: Final = 5.0
@@ -62,17 +65,23 @@ async def _measure(made: Stage, worker: WorkerProcess) -> None:
     rss_before = worker.rss_bytes()
     during_ms = _now_ms()
     took: list[float] = []
+    spans_ms: list[tuple[int, int]] = []
 
     async def swaps() -> None:
         for number in range(1, SWAPS + 1):
+            begun_ms = _now_ms()
             took.append(await announcer.swap(number, new_space=number % 2 == 0))
+            await asyncio.sleep(AFTERMATH_SECONDS)
+            spans_ms.append((begun_ms, _now_ms()))
             await asyncio.sleep(PAUSE_SECONDS)
 
     await send_events(made, float("inf"), until=asyncio.create_task(swaps()))
-    after_ms = _now_ms()
     await asyncio.sleep(LAST_SLATES_SECONDS)
-    _, quiet = await times_of(made, before_ms, during_ms)
-    triggers, busy = await times_of(made, during_ms, after_ms)
+    triggers, timed = await timed_slates(made, before_ms)
+    missing = len(triggers) - len(timed)
+    quiet = [took_ms for at_ms, took_ms in timed if at_ms < during_ms]
+    busy = [took_ms for at_ms, took_ms in timed if any(begin <= at_ms < end for begin, end in spans_ms)]
+    between = [took_ms for at_ms, took_ms in timed if any(0 <= at_ms - end < GAP_MS for _, end in spans_ms)]
     swapped = await worker.metric("millstream_model_swap_seconds_count")
     if swapped < SWAPS + 1:
         raise BenchmarkError(f"{swapped:.0f} swaps of {SWAPS + 1}:\n{worker.tail()}")
@@ -81,8 +90,8 @@ async def _measure(made: Stage, worker: WorkerProcess) -> None:
     figures = made.bench.report.figures
     figures.append(Figure("freshness before the swaps, p99", p99_before, "ms", note=f"{len(quiet):,} slates"))
     note = (
-        f"{SWAPS} swaps, {(after_ms - during_ms) / 1e3:.0f} s; p50 {percentile(busy, 0.5):.0f} ms, "
-        f"max {max(busy, default=0)} ms; {len(busy):,} slates, {triggers - len(busy)} missing; a swap itself "
+        f"p50 {percentile(busy, 0.5):.0f} ms, max {max(busy, default=0)} ms, {len(busy):,} slates; between the swaps "
+        f"p99 {percentile(between, 0.99):.0f} ms, {len(between):,} slates; {missing} missing; a swap itself "
         f"{swap_ms:.2f} ms, announced to live {min(took):.1f} to {max(took):.1f} s; worker RSS "
         f"{rss_before >> 20} MiB before, {worker.rss_bytes() >> 20} MiB after"
     )

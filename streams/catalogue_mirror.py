@@ -55,7 +55,12 @@ class CatalogueState:
         first = ItemSpace(space, encodings, catalogue, catalogue.space_vectors, index)
         self.spaces[space.space_id] = first
         self.space = space
-        self.index = index
+        """The space that it began with."""
+
+    @property
+    def index(self) -> VectorIndex:
+        """Return the index of the space that it began with. Raises KeyError once that was freed."""
+        return self.spaces[self.space.space_id].index
 
     def apply_items(self, records: Sequence[Record], now_ms: int) -> Refused:
         """Apply records of ``items`` in order; returns those that are refused, which change nothing."""
