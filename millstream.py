@@ -30,6 +30,8 @@ app.add_typer(kafka_app, name="kafka")
 app.add_typer(topics_app, name="topics")
 app.add_typer(dlq_app, name="dlq")
 app.add_typer(models_app, name="models")
+experiments_app = typer.Typer(help="Experiments: what became of each arm.", no_args_is_help=True)
+app.add_typer(experiments_app, name="experiments")
 
 ConfigOption = Annotated[
     Path | None,
@@ -429,6 +431,31 @@ def models_show(
 
     told = model_tools.show(load(config), version)
     for line in [json.dumps(told)] if as_json else model_tools.details(told):
+        typer.echo(line)
+
+
+@experiments_app.command("report")
+def experiments_report(
+    name: Annotated[str | None, typer.Argument(help="Experiment; all that the topics still hold without it.")] = None,
+    as_json: JsonOption = False,
+    config: ConfigOption = None,
+) -> None:
+    """Print each arm's click rate, to control, with intervals by user, from the features and labels topics."""
+    import asyncio
+    import json
+
+    from models.arm_report import lines
+    from streams import experiment_report
+    from streams.settings import load
+
+    tally, unreadable = asyncio.run(experiment_report.read(load(config)))
+    results = tally.results(name)
+    if unreadable:
+        typer.echo(f"{unreadable} records could not be read and were passed over", err=True)
+    if not results:
+        typer.echo("no labelled impression names an arm" + (f" of {name}" if name else ""), err=True)
+        raise typer.Exit(1)
+    for line in [json.dumps(experiment_report.described(r)) for r in results] if as_json else lines(results):
         typer.echo(line)
 
 

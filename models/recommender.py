@@ -102,7 +102,7 @@ class Recommender:
         self._users = users if users is not None else user_state
         self.on_stage = on_stage or _no_stage
         self._plans: list[Plan] = []
-        self._numbers: dict[str | None, int] = {}
+        self._numbers: dict[tuple[str | None, str | None], int] = {}
         self._fresh: dict[int, FreshPool] = {}
         self._lists: Lists | None = None
         self._popular = no_popular()
@@ -151,7 +151,7 @@ class Recommender:
             states = rows[np.array([r.row for r in batch], np.int64)]
             made, drawn = self._rank(states, batch, plan, given, width, now_ms)
             for b, (i, items) in enumerate(zip(members, made, strict=True)):
-                experiment = None if requests[i].draw_seed is None else RANDOMISED
+                experiment = self._experiment(requests[i]) if requests[i].draw_seed is None else RANDOMISED
                 exploration = drawn.log(b) if drawn is not None else None
                 slates[i] = Slate(items, False, self._surface_name(requests[i]), experiment, exploration)
         return [slates[i] for i in range(len(requests))]
@@ -173,7 +173,7 @@ class Recommender:
                 pool = sorted(asked, key=lambda row: (place.get(row, len(popular)), row))
             k = self._k(request)
             excluded = frozenset(request.exclude)
-            rules = self.config.surface(request.surface).rules
+            rules = self.config.surface(request.surface, request.arm).rules
             items: list[RecommendedItem] = []
             for row in pool:
                 if len(items) == k:
@@ -184,11 +184,11 @@ class Recommender:
                 if item_id in excluded or (hashes and hash64(item_id) in hashes):
                     continue
                 items.append(self._plain_item(item_id, row, place.get(row), len(items) + 1, request))
-            slates.append(Slate(items, True, self._surface_name(request)))
+            slates.append(Slate(items, True, self._surface_name(request), self._experiment(request)))
         return slates
 
     def _k(self, request: SlateRequest) -> int:
-        k = request.k if request.k is not None else self.config.surface(request.surface).k
+        k = request.k if request.k is not None else self.config.surface(request.surface, request.arm).k
         return max(0, min(k, MAX_K))
 
     def _width(self, request: SlateRequest) -> int:
@@ -196,21 +196,25 @@ class Recommender:
 
         Steps of two keep requests of different k in few groups.
         """
-        width = self.config.surface(request.surface).candidates
+        width = self.config.surface(request.surface, request.arm).candidates
         while width < 2 * self._k(request):
             width *= 2
         return width
 
     def _plan_number(self, request: SlateRequest) -> int:
         """Return the number of the plan of a request: surfaces that do the same are served together."""
-        surface = request.surface if request.surface in self.config.surfaces else None
-        number = self._numbers.get(surface)
+        key = request.surface if request.surface in self.config.surfaces else None, request.arm
+        number = self._numbers.get(key)
         if number is None:
-            plan = self.config.plan(surface)
+            plan = self.config.plan(*key)
             if plan not in self._plans:
                 self._plans.append(plan)
-            number = self._numbers[surface] = self._plans.index(plan)
+            number = self._numbers[key] = self._plans.index(plan)
         return number
+
+    def _experiment(self, request: SlateRequest) -> str | None:
+        # A degraded slate too: an arm is judged by what its users got, whatever went wrong.
+        return None if request.arm is None else self.config.experiment.label(request.arm)
 
     def _surface_name(self, request: SlateRequest) -> str:
         return request.surface or self.config.default_surface
@@ -496,7 +500,7 @@ class Recommender:
     ) -> RecommendedItem:
         popular = self._popular
         source = SOURCES[POPULAR] if request.candidates is None else SOURCES[GIVEN]
-        texts = TEXTS[self.config.surface(request.surface).reason_language]
+        texts = TEXTS[self.config.surface(request.surface, request.arm).reason_language]
         clicked = place is not None and place < popular.counted
         return RecommendedItem(
             item_id=item_id,

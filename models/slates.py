@@ -28,6 +28,8 @@ class SlateRequest:
     profile_vector: F32 | None = None
     """float32 [D], of the profile text; used where the user has no vector of their own."""
     request: Request | None = None
+    arm: str | None = None
+    """Arm of the user in the experiment that runs (models.experiments); None: none runs."""
     slot_seed: int | None = None
     """Slots that the surface keeps for new items are drawn with this seed; None: they are ranked as all others."""
     draw_seed: int | None = None
@@ -64,6 +66,6 @@ class Slate:
     degraded: bool
     surface: str
     experiment: str | None = None
-    """RANDOMISED where the items were drawn instead of ranked."""
+    """RANDOMISED where the items were drawn instead of ranked, else experiment and arm; None where none runs."""
     exploration: ExplorationDraw | None = None
     """How the slots for new items were drawn; None: there were none."""

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
 
 from models.candidates import Quotas
 from models.diversity import DiversityConfig
 from models.events import MAX_CANDIDATES, MAX_K
+from models.experiments import ExperimentConfig, changed
 from models.fresh_slots import FreshSlots
 from models.ranking import RankingConfig
 from models.reason_texts import Language
@@ -40,6 +41,7 @@ class RecommenderConfig(BaseModel):
         description="Surfaces by name. One that is not named here has the values of the default one.",
     )
     ranking: RankingConfig = Field(default_factory=RankingConfig, description="Score and rules.")
+    experiment: ExperimentConfig = Field(default_factory=ExperimentConfig, description="The experiment that runs.")
     popular_items: int = Field(1_000, ge=1, le=100_000, description="Length of the list of popular items.")
     popularity_half_life_index: int = Field(
         1,
@@ -55,21 +57,46 @@ class RecommenderConfig(BaseModel):
         0.25, ge=-1, le=1, description="Least similarity at which a clicked item is named as the reason of another."
     )
 
+    _arms: dict[tuple[str, str], SurfaceConfig] = PrivateAttr(default_factory=dict)
+    _rankings: dict[str, RankingConfig] = PrivateAttr(default_factory=dict)
+
     @model_validator(mode="after")
     def _default_exists(self) -> RecommenderConfig:
         if self.default_surface not in self.surfaces:
             raise ValueError(f"default_surface {self.default_surface!r} is not one of the surfaces")
         return self
 
-    def surface(self, name: str | None) -> SurfaceConfig:
-        """Return the values of a surface; those of the default one where the name is unknown or None."""
-        return self.surfaces.get(name or self.default_surface) or self.surfaces[self.default_surface]
+    @model_validator(mode="after")
+    def _arms_possible(self) -> RecommenderConfig:
+        for arm, change in self.experiment.arms.items():
+            try:
+                self._rankings[arm] = changed(self.ranking, change.ranking)
+                for name, surface in self.surfaces.items():
+                    self._arms[name, arm] = changed(surface, change.surface)
+            except ValueError as error:
+                raise ValueError(f"the arm {arm!r} of the experiment asks for what cannot be: {error}") from None
+        return self
 
-    def plan(self, surface: str | None) -> Plan:
-        """Return by what the slates of a surface are made."""
-        chosen = self.surface(surface)
+    @property
+    def draws_slots(self) -> bool:
+        """Whether any surface, in any arm, keeps slots for new items."""
+        return any(s.fresh_slots.slots for s in (*self.surfaces.values(), *self._arms.values()))
+
+    def surface(self, name: str | None, arm: str | None = None) -> SurfaceConfig:
+        """Return the values of a surface in an arm; those of the default one where the name is unknown or None."""
+        known = name if name is not None and name in self.surfaces else self.default_surface
+        return self._arms.get((known, arm or "")) or self.surfaces[known]
+
+    def plan(self, surface: str | None, arm: str | None = None) -> Plan:
+        """Return by what the slates of a surface are made for the users of an arm."""
+        chosen = self.surface(surface, arm)
         return Plan(
-            self.ranking, chosen.quotas, chosen.rules, chosen.diversity, chosen.fresh_slots, chosen.reason_language
+            self._rankings.get(arm or "", self.ranking),
+            chosen.quotas,
+            chosen.rules,
+            chosen.diversity,
+            chosen.fresh_slots,
+            chosen.reason_language,
         )
 
 

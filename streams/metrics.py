@@ -43,6 +43,12 @@ class Metrics:
             "millstream_events", "Events by type and what became of them.", ["type", "outcome"], registry=registry
         )
         self.slates = Counter("millstream_slates", "Slates sent, by kind of trigger.", ["trigger"], registry=registry)
+        self.slates_by_experiment = Counter(
+            "millstream_slates_by_experiment",
+            "Slates sent, by what they say of experiment and arm; randomised ones too.",
+            ["experiment"],
+            registry=registry,
+        )
         self.slates_degraded = Counter(
             "millstream_slates_degraded", "Slates from the fallback, by cause.", ["cause"], registry=registry
         )

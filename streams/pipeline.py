@@ -158,7 +158,7 @@ class Pipeline:
         self.shadows: list[ServingModel] = []
         """Models that are scored on live examples beside the one in use."""
         self._features = FeaturesWriter(settings, catalogue, counters, metrics, epoch)
-        self._has_drawn_slots = any(s.fresh_slots.slots for s in settings.recommender.surfaces.values())
+        self._has_drawn_slots = settings.recommender.draws_slots
         self._stage_seconds = {"retrieve": 0.0, "rank": 0.0}
         self._stage_began = 0.0
         recommender.on_stage = self._on_stage
@@ -335,6 +335,7 @@ class Pipeline:
                     self._metrics.slates_degraded.labels("query-not-encoded").inc()
             else:
                 request = SlateRequest(event.user_id, places[row_key], event.surface, profile_vector=profile)
+            request.arm = self._settings.recommender.experiment.arm_of(event.user_id)
             # By broker time: a slate that is made again draws the same.
             randomised = is_randomised(event.user_id, decoded.broker_ms, self._settings.exploration)
             if randomised or self._has_drawn_slots:

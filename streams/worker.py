@@ -462,6 +462,8 @@ class Worker:
             del letter
         for slate in prepared.slates:
             metrics.slates.labels(slate.kind).inc()
+            if slate.record.experiment is not None:
+                metrics.slates_by_experiment.labels(slate.record.experiment).inc()
             metrics.freshness.observe(max(0.0, now - slate.broker_ms / 1000))
         metrics.unknown_items.inc(prepared.unknown_items)
         metrics.slates_suppressed.inc(prepared.suppressed)

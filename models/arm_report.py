@@ -1,0 +1,116 @@
+"""What became of the impressions of each arm of an experiment, from features and labels, with intervals by user."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from statistics import NormalDist
+from typing import Final
+
+import numpy as np
+
+from models.evaluation import Interval
+from models.examples import FeaturesRecord, LabelsRecord
+from models.experiments import CONTROL
+
+LEAST_USERS: Final = 2
+
+
+@dataclass(frozen=True, slots=True)
+class ArmResult:
+    """One arm: how much it was seen, and the share of its impressions in which something was clicked."""
+
+    experiment: str
+    arm: str
+    users: int
+    impressions: int
+    clicked: int
+    rate: Interval
+    difference: Interval | None
+    """To the control arm of the same experiment; None for that arm, and where there is none."""
+
+
+class ArmTally:
+    """Joins features and labels, each record by itself, in any order, and counts by arm and user.
+
+    The first features record of an impression counts; of its labels the one that knows most, of equals the last.
+    Impressions that are not labelled yet do not count, nor do those that name no arm.
+    """
+
+    def __init__(self) -> None:
+        self._shown: dict[int, tuple[str, str]] = {}
+        self._clicked: dict[int, tuple[int, bool]] = {}
+
+    def add_features(self, record: FeaturesRecord) -> None:
+        """Take the arm and the user of one impression."""
+        if record.experiment and "/" in record.experiment:
+            self._shown.setdefault(record.impression_id, (record.experiment, record.user_id))
+
+    def add_labels(self, record: LabelsRecord) -> None:
+        """Take whether one impression was clicked."""
+        held = self._clicked.get(record.impression_id)
+        if held is None or record.as_of >= held[0]:
+            self._clicked[record.impression_id] = record.as_of, bool(record.clicked)
+
+    def results(self, name: str | None = None, confidence: float = 0.95) -> list[ArmResult]:
+        """Return one result for each arm, of the experiment ``name`` or of all, control first.
+
+        rate = Σ clicked / Σ impressions, a ratio of sums over users; its error is that of the linearised ratio with
+        users as clusters (Deng, Knoblich and Lu 2018, section 3.1). Arms have different users, so that the error of
+        a difference is the root of the sum of squares.
+        """
+        counts: defaultdict[tuple[str, str], defaultdict[str, list[int]]] = defaultdict(
+            lambda: defaultdict(lambda: [0, 0])
+        )
+        for impression_id, (label, user_id) in self._shown.items():
+            found = self._clicked.get(impression_id)
+            experiment, _, arm = label.partition("/")
+            if found is not None and name in (None, experiment):
+                user = counts[experiment, arm][user_id]
+                user[0] += 1
+                user[1] += found[1]
+        z = NormalDist().inv_cdf(0.5 + confidence / 2)
+        figures = {key: _rate(users) for key, users in counts.items()}
+        results = []
+        for key in sorted(counts, key=lambda key: (key[0], key[1] != CONTROL, key[1])):
+            rate, error = figures[key]
+            against = figures.get((key[0], CONTROL)) if key[1] != CONTROL else None
+            difference = None
+            if against is not None:
+                difference = _interval(rate - against[0], z * math.hypot(error, against[1]))
+            shown, clicked = (sum(pair[i] for pair in counts[key].values()) for i in (0, 1))
+            bounds = _interval(rate, z * error)
+            within = Interval(bounds.mean, max(bounds.low, 0.0), min(bounds.high, 1.0))
+            results.append(ArmResult(*key, len(counts[key]), shown, clicked, within, difference))
+        return results
+
+
+def _rate(users: dict[str, list[int]]) -> tuple[float, float]:
+    """Return clicked ÷ impressions, and its standard error; infinite for a single user."""
+    pairs = np.array(list(users.values()), np.float64)
+    shown, clicked = pairs[:, 0], pairs[:, 1]
+    rate = float(clicked.sum() / shown.sum())
+    n = len(pairs)
+    if n < LEAST_USERS:
+        return rate, math.inf
+    residuals = clicked - rate * shown
+    return rate, float(np.sqrt((residuals**2).sum() * n / (n - 1)) / shown.sum())
+
+
+def _interval(value: float, reach: float) -> Interval:
+    return Interval(value, value - reach, value + reach)
+
+
+def lines(results: list[ArmResult]) -> Iterator[str]:
+    """Tell the results in a table, one line an arm."""
+    yield f"{'experiment/arm':<32} {'users':>8} {'impressions':>12} {'click rate':>11} {'interval':>19}  to control"
+    for r in results:
+        rate = f"{r.rate.mean:>11.2%} {f'{r.rate.low:.2%} … {r.rate.high:.2%}':>19}"
+        told = ""
+        if r.difference is not None:
+            d = r.difference
+            told = f"{d.mean * 100:+.2f} points ({d.low * 100:+.2f} … {d.high * 100:+.2f})"
+            told += "" if d.low <= 0 <= d.high else ", not by chance"
+        yield f"{f'{r.experiment}/{r.arm}':<32} {r.users:>8} {r.impressions:>12} {rate}  {told}".rstrip()
