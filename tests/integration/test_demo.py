@@ -132,7 +132,8 @@ def test_a_run_whose_worker_is_killed_fails_and_leaves_nothing(start: Start, kaf
 def test_a_bundle_is_learned_from_the_users_clicks_and_swapped_in_while_they_go_on(
     start: Start, kafka: str, tmp_path: Path
 ) -> None:
-    process = start("--duration", "200", "--users", "80", "--rate", "80")
+    # Films enough that nobody has seen them all before the gate has judged.
+    process = start("--duration", "170", "--users", "200", "--rate", "80", "--items", "500")
     code = process.wait(RUN_SECONDS + 200)
     output = (tmp_path / "output").read_text()
     assert code == 0, output
