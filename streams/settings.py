@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tomllib
 from pathlib import Path
 from typing import Any, Literal
@@ -236,6 +237,7 @@ class Settings(BaseSettings):
 
 FOREIGN_SECTIONS = frozenset({"trainer"})
 """Sections of the same file and environment that other programs read."""
+_BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
 _OWN_VARIABLES = {CONFIG_FILE_VARIABLE, SUPERVISOR_VARIABLE, "MILLSTREAM_TEST_BOOTSTRAP"}
 
 
@@ -300,11 +302,15 @@ def _render(model: BaseModel, path: str, lines: list[str]) -> None:
         if value is None:
             lines.append(f"# {name} = (unset)")
         elif isinstance(value, dict) and any(isinstance(v, BaseModel) for v in value.values()):
-            nested += [(f"{path}.{name}.{key}", v) for key, v in value.items()]
+            nested += [(f"{path}.{name}.{_toml_key(key)}", v) for key, v in value.items()]
         else:
             lines.append(f"{name} = {_toml_value(value)}")
     for child_path, child in nested:
         _render(child, child_path, lines)
+
+
+def _toml_key(key: Any) -> str:
+    return str(key) if _BARE_KEY.fullmatch(str(key)) else json.dumps(str(key))
 
 
 def _toml_value(value: Any) -> str:

@@ -61,6 +61,26 @@ def test_what_is_printed_reads_back_as_the_same_settings(tmp_path: Path) -> None
     assert load(tmp_path / "printed.toml") == settings
 
 
+def test_surfaces_with_rules_and_arms_read_back_as_they_were(tmp_path: Path) -> None:
+    rules = {
+        "allowed": {"categories": ["shoes"], "attributes": {"is_eco": True, "stock": 3, "brand": "ours"}},
+        "blocked": {"too dear": {"min_price": 100.0}},
+        "boosts": {"sale.summer": {"tags": ["sale"], "boost": 0.5}},
+        "pinned": ["item-7"],
+    }
+    arm = {"share": 0.2, "ranking": {"ctr_weight": 0.3}, "surface": {"quotas": {"fresh": 1.0}, "rules": {"pinned": []}}}
+    settings = Settings(
+        recommender={
+            "surfaces": {"default": {"rules": rules}, "front page": {"diversity": {"sameness": 0.3}}},
+            "experiment": {"name": "spring", "arms": {"v1.2": arm}},
+        }
+    )
+    (tmp_path / "printed.toml").write_text(render_toml(settings))
+    again = load(tmp_path / "printed.toml")
+    assert again == settings
+    assert again.recommender.surface("front page", "v1.2").quotas.fresh == 1.0
+
+
 def test_a_password_is_masked_when_printed() -> None:
     kafka = {"security_protocol": "SASL_SSL", "sasl_username": "u", "sasl_password": "geheim"}
     text = render_toml(Settings(kafka=kafka))
