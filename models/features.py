@@ -71,6 +71,9 @@ COLUMNS: Final[tuple[str, ...]] = (
 )
 """Names of the columns of version 1, in their order."""
 
+SPACE_COLUMNS: Final[tuple[str, ...]] = tuple(name for name in COLUMNS if name.startswith(("sim_short", "sim_long")))
+"""Columns made of vectors: in another space they are other numbers, which no record of this one tells."""
+
 _AT: Final = {name: place for place, name in enumerate(COLUMNS)}
 _PLANES: Final = len(COMPARED)
 _SIMS: Final = slice(_AT["sim_short"], _AT["sim_long"] + 1)

@@ -31,7 +31,7 @@ from models.encoder import TextEncoder
 from models.encoder_delta import EncoderDelta
 from models.errors import TrainingError
 from models.evaluation import auc_per_impression, expected_calibration_error, log_loss
-from models.features import FeatureConfig, columns, require_spec, spec_id
+from models.features import SPACE_COLUMNS, FeatureConfig, columns, require_spec, spec_id
 from models.hashing import hash64
 from trainer.bases import BaseSource, FrozenBase, TrainedBase, warm_up_and_decay
 from trainer.batches import I64, Slates, TrainingSet, feature_moments, fit_priors, prepare, split, time_order
@@ -119,6 +119,17 @@ def train(
         return _Training(training_set, start, settings, new_space_id, cache_folder, on_progress).run()
 
 
+def without_similarities(tensors: Mapping[str, F32], features: FeatureConfig) -> dict[str, F32]:
+    """Return tensors of a model that takes no notice of similarities to the user's vectors.
+
+    Records hold those of the space that was served. In a space that is trained they would be others, of vectors that
+    no record has: a model that learned from the old ones would be served the new ones.
+    """
+    std = tensors["feature_std"].copy()
+    std[np.isin(columns(features), SPACE_COLUMNS)] = CONSTANT_STD
+    return {**tensors, "feature_std": std}
+
+
 class _Training:
     """The parts of one training, in their order."""
 
@@ -148,7 +159,10 @@ class _Training:
         with self._timed("features"):
             slates = prepare(self._set, features, partial(self._show, "features"))
         self._check_labels(slates)
-        module = CtrModule(*self._first_scorer(slates, features), dropout=self._config.dropout).to(self._device)
+        ctr, first = self._first_scorer(slates, features)
+        if self._config.changes_space:
+            first = without_similarities(first, features)
+        module = CtrModule(ctr, first, dropout=self._config.dropout).to(self._device)
         items, residual_rows = self._item_side(slates)
         texts, text_of_item = _texts(slates, self._set.texts)
         base, scaler, split_encoder = self._base(texts, text_of_item)

@@ -45,7 +45,11 @@ class TrainingConfig(BaseModel):
     )
     encoder_batch_texts: int = Field(64, ge=1, le=4_096, description="Texts of one pass through the encoder.")
 
-    projection: bool = Field(True, description="Whether the projection is trained; with it the space changes.")
+    projection: bool = Field(
+        True,
+        description="Whether the projection is trained; with it the space changes, and a model of a changed space "
+        "takes no notice of similarities to the user's vectors, which records hold in the old one.",
+    )
     residuals: bool = Field(True, description="Whether items with history get a residual; with it the space changes.")
     residual_strength: float = Field(20.0, gt=0, description="k of the shrinkage n/(n + k), n impressions of an item.")
 
@@ -64,6 +68,11 @@ class TrainingConfig(BaseModel):
     cache_bytes: int = Field(
         4 << 30, ge=0, description="Most bytes on disk of frozen layers' outputs; oldest go first."
     )
+
+    @property
+    def changes_space(self) -> bool:
+        """Whether items get other vectors by the training."""
+        return self.projection or self.residuals or self.encoder != "frozen"
 
     def ctr_config(self, features: int, dim: int) -> CtrConfig:
         """Return the shape of a new model."""

@@ -3,6 +3,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -159,6 +160,31 @@ def test_trained_projection_makes_a_space_with_the_new_id_and_a_map_from_the_old
     base = bert.encode(list(texts().values()))
     old, new = start.space.vectors(base), trained.space.vectors(base)
     assert np.linalg.norm(old @ trained.carry - new) < np.linalg.norm(old - new)
+
+
+def with_sims(examples: TrainingSet, seed: int) -> TrainingSet:
+    """Return the examples with other similarities to their users' vectors."""
+    random = np.random.default_rng(seed)
+    records = [
+        msgspec.structs.replace(r, sims=random.uniform(-1, 1, (len(r), 2)).astype("<f2").tobytes())
+        for r in examples.records
+    ]
+    return TrainingSet(records, examples.labels, examples.texts)
+
+
+@pytest.mark.parametrize("changed", [{"residuals": False}, {"projection": False}])
+def test_a_model_of_a_new_space_takes_no_notice_of_similarities_in_the_old_one(
+    bert: TextEncoder, changed: dict[str, bool]
+) -> None:
+    examples = with_sims(impressions(120), 1)
+    for options, is_same in ((changed, True), ({"projection": False, "residuals": False}, False)):
+        trained = train(examples, starting_point(bert), settings(**options))
+        table = ItemTable(trained.space, encode_items(bert, texts(), OutputCache(None, 0)))
+        first, second = (
+            np.concatenate(score(trained.scorer, trained.features, table, with_sims(examples, seed).records))
+            for seed in (1, 2)
+        )
+        assert np.allclose(first, second, atol=1e-5) == is_same
 
 
 def test_only_shown_items_have_a_residual_and_a_rare_one_has_less(bert: TextEncoder) -> None:
