@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from models.examples import LabelsRecord, decode_labels
 from models.joiner import JoinContext, JoinerConfig, join
@@ -15,6 +17,7 @@ from models.user_value import join_value, split_value
 from streams.label_timer import Due, LabelTimer
 from streams.labels import RowKey, SentLabels
 from streams.maintenance import may_be_replayed
+from tests.models import joiner_reference, test_joiner
 from tests.models.user_state_logs import START_MS, click, event, impression
 
 WINDOW, GRACE = 600, 120
@@ -261,3 +264,44 @@ def test_labels_that_a_crash_cost_may_be_told_again_until_their_event_has_come_a
     value = join_value(encode_rows(rows)[0], b"open")
     assert [may_be_replayed(value, 5, next_offset) for next_offset in (0, 42, 43)] == [True, True, False]
     assert not may_be_replayed(value, 6, 0), "the log of that offset is gone"
+
+
+@settings(max_examples=150, deadline=None)
+@given(test_joiner.arrivals(), st.data())
+def test_timer_and_own_log_together_leave_the_labels_of_the_whole_log(
+    log: list[UserEvent], data: st.DataObject
+) -> None:
+    """However fast time passes, and although a restart forgets what the timer said."""
+    timer, now, clock_ms, block, value = LabelTimer(test_joiner.CONTEXT), NOON, 0, b"", b""
+    timer.take_over(0, {}, NOON)
+    timer.see(0, START_MS, NOON)
+    last: dict[int, LabelsRecord] = {}
+    for batch in test_joiner.batches(log, data.draw(st.lists(st.integers(0, len(log)), max_size=8))):
+        now += data.draw(st.sampled_from([0, 10, 130, 700, 5_000]))
+        due = timer.due(lambda partition, key, held=value: held, now, 10)  # type: ignore[misc]
+        joined = join(
+            block,
+            batch,
+            [0] * len(batch),
+            clock_ms,
+            test_joiner.CONTEXT,
+            user_id="ann",
+            epoch=test_joiner.EPOCH,
+            partition=test_joiner.PARTITION,
+            as_of=batch[-1].offset + 1,
+        )
+        timer.done(due)
+        for label in [*due.labels, *timer.unsaid([SentLabels.of(ANN, record) for record in joined.labels])]:
+            held = last.get(label.record.impression_id)
+            if held is None or label.record.as_of >= held.as_of:
+                last[label.record.impression_id] = label.record
+        block, clock_ms = joined.block, max([clock_ms, *(e.time_ms for e in batch)])
+        rows = empty_rows(1)
+        rows["version"], rows["last_time_ms"], rows["offset"] = 1, clock_ms, batch[-1].offset + 1
+        value = join_value(encode_rows(rows)[0], block)
+        timer.see(0, clock_ms, now)
+        timer.touch({ANN: joined.next_close_ms}, now)
+        if data.draw(st.booleans()):
+            timer.take_over(0, {ANN[1]: value}, now)
+    wanted = joiner_reference.outcomes(log, test_joiner.USER_STATE, test_joiner.WINDOWS_MS)
+    assert test_joiner.by_event(list(last.values()), log) == wanted
