@@ -1,4 +1,7 @@
-"""Slates per second of ``Recommender.recommend``, on one core, with the time of each stage: by hand, and with a model.
+"""Slates per second of ``Recommender.recommend``, on one core, with the time of each stage.
+
+By hand, with a CTR model, and each of them with everything switched on: boosts, filters, maximal marginal
+relevance, debias, more sources, slots for new items.
 
     python -m benchmarks.recommender [--items 50000] [--batch 64] [--batches 40] [--exact]
 
@@ -27,7 +30,7 @@ from models.ctr import CtrConfig, CtrScorer, tensor_shapes
 from models.events import Action, ImpressedItem, Impression, Item
 from models.features import COLUMNS, FeatureConfig
 from models.item_index import ItemIndex
-from models.recommender import Recommender, RecommenderConfig, SlateRequest
+from models.recommender import Recommender, RecommenderConfig, SlateRequest, SurfaceConfig
 from models.retrieval import RetrievalConfig, VectorIndex
 from models.serving import ServingModel
 from models.user_state import Rows, UserEvent, UserReader, UserStateConfig, apply, empty_rows, user_event
@@ -36,6 +39,14 @@ DIM = 64
 CLUSTERS = 400
 NOW_MS = 1_700_000_000_000
 CLICKS_A_USER = 10
+ALL = "all"
+EVERYTHING = {
+    "rules": {"blocked": {"none": {"tags": ["blocked"]}}, "boosts": {"few": {"categories": ["c1"], "boost": 0.1}}},
+    "quotas": {"trending": 0.25, "trending_category": 0.25, "fresh": 0.25},
+    "diversity": {"sameness": 0.3, "popularity_debias": 0.1, "max_per_category": 10},
+    "fresh_slots": {"slots": [5, 10]},
+}
+"""A surface with everything that is off at the defaults."""
 
 
 def build(items: int, users: int, exact: bool) -> tuple[Recommender, Rows, Catalogue, VectorIndex]:
@@ -45,7 +56,11 @@ def build(items: int, users: int, exact: bool) -> tuple[Recommender, Rows, Catal
     catalogue = Catalogue(index, DIM)
     centres = random.normal(size=(CLUSTERS, DIM)).astype(np.float32)
     for i in range(items):
-        row = catalogue.upsert(Item(item_id=f"item-{i}", title=f"The title of item {i}", published_at=NOW_MS - i))
+        row = catalogue.upsert(
+            Item(
+                item_id=f"item-{i}", title=f"The title of item {i}", categories=[f"c{i % 40}"], published_at=NOW_MS - i
+            )
+        )
         catalogue.set_vector(row, centres[i % CLUSTERS] + random.normal(size=DIM).astype(np.float32))
     vectors = VectorIndex(DIM, RetrievalConfig(exact_below=10**9) if exact else RetrievalConfig())
     vectors.add(np.arange(items, dtype=np.int32), catalogue.vectors[:items])
@@ -73,7 +88,9 @@ def build(items: int, users: int, exact: bool) -> tuple[Recommender, Rows, Catal
             batch.add_event(event, offset, at_ms, counters.config)
     counters.add(0, batch)
     rows, _ = apply(empty_rows(users), events, catalogue, state, epoch=1, space_id=1, generation=1)
-    recommender = Recommender(RecommenderConfig(), catalogue, counters, vectors, users=UserReader(state, catalogue, 1))
+    surfaces = {"default": SurfaceConfig(), ALL: SurfaceConfig.model_validate(EVERYTHING)}
+    config = RecommenderConfig(surfaces=surfaces)
+    recommender = Recommender(config, catalogue, counters, vectors, users=UserReader(state, catalogue, 1))
     return recommender, rows, catalogue, vectors
 
 
@@ -94,8 +111,10 @@ def main() -> None:
 
     print(f"{args.items} items, batches of {args.batch}, 20 of 200 candidates in a slate")
     measure("score set by hand", recommender, rows, args.batch, args.batches)
+    measure("score set by hand, everything on", recommender, rows, args.batch, args.batches, ALL)
     recommender.use(model(catalogue, vectors))
     measure("CTR model", recommender, rows, args.batch, args.batches)
+    measure("CTR model, everything on", recommender, rows, args.batch, args.batches, ALL)
 
 
 def model(catalogue: Catalogue, vectors: VectorIndex) -> ServingModel:
@@ -115,7 +134,9 @@ def model(catalogue: Catalogue, vectors: VectorIndex) -> ServingModel:
     )
 
 
-def measure(name: str, recommender: Recommender, rows: Rows, batch: int, batches: int) -> None:
+def measure(
+    name: str, recommender: Recommender, rows: Rows, batch: int, batches: int, surface: str = "default"
+) -> None:
     """Print the figures of one way to score."""
     users = len(rows)
     stages: defaultdict[str, list[float]] = defaultdict(list)
@@ -130,7 +151,8 @@ def measure(name: str, recommender: Recommender, rows: Rows, batch: int, batches
     recommender.on_stage = on_stage
     walls = []
     for n in range(batches + 3):
-        requests = [SlateRequest(f"u{i}", i) for i in ((np.arange(batch) + n * batch) % users).tolist()]
+        people = ((np.arange(batch) + n * batch) % users).tolist()
+        requests = [SlateRequest(f"u{i}", i, surface=surface, slot_seed=i) for i in people]
         started = time.perf_counter()
         last = begun = time.process_time()
         slates = recommender.recommend(rows, requests, NOW_MS + n)

@@ -5,6 +5,7 @@ Axes as in models/ranking.py. A row of -1 is padding.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol
@@ -234,17 +235,24 @@ Source = tuple[int, I32, float]
 """Code, rows int32 [B, n] best first, turns."""
 
 
-def listed(lists: Lists, quotas: Quotas, catalogue: Catalogue, liked: I32) -> list[Source]:
-    """Return the sources that ``quotas`` turns on beside searches and the popular list; ``liked`` int32 [B, R]."""
-    batch = len(liked)
+def listed(lists: Lists, quotas: Quotas, catalogue: Catalogue, liked: I32, width: int) -> list[Source]:
+    """Return the sources that ``quotas`` turns on beside searches and the popular list; ``liked`` int32 [B, R].
+
+    Each as long as its turns may need for ``width`` candidates: every row costs a look at the rules.
+    """
     found: list[Source] = []
-    if quotas.trending:
-        found.append((TREND, np.repeat(lists.trending[None], batch, axis=0), quotas.trending))
-    if quotas.trending_category:
-        rows = lists.of_likes(catalogue.category_codes(liked))
-        found.append((TREND_OF_CATEGORY, rows, quotas.trending_category))
-    if quotas.fresh:
-        found.append((FRESH, np.repeat(lists.newest[None], batch, axis=0), quotas.fresh))
+    for code, turns in (
+        (TREND, quotas.trending),
+        (TREND_OF_CATEGORY, quotas.trending_category),
+        (FRESH, quotas.fresh),
+    ):
+        if not turns:
+            continue
+        if code == TREND_OF_CATEGORY:
+            rows = lists.of_likes(catalogue.category_codes(liked))
+        else:
+            rows = np.repeat((lists.trending if code == TREND else lists.newest)[None], len(liked), axis=0)
+        found.append((code, rows[:, : math.ceil(width * min(1.0, turns))], turns))
     return found
 
 
@@ -284,12 +292,21 @@ def pin(pool: Pool, pinned: I32, refused: Bools, source: int = PINNED) -> None:
     """Put the pinned rows [B, P] that are not refused [B, P] into the pool, instead of its last ones if it is full."""
     for b, (rows, gone) in enumerate(zip(pinned.tolist(), refused.tolist(), strict=True)):
         wanted = [row for row, out in zip(rows, gone, strict=True) if not out][: pool.rows.shape[1]]
-        held = pool.rows[b]
-        free = np.flatnonzero(~np.isin(held, wanted))
-        free = np.concatenate([free[held[free] < 0], free[held[free] >= 0][::-1]])
-        missing = [row for row in wanted if row not in held]
-        held[free[: len(missing)]] = missing
-        pool.sources[b, np.isin(held, wanted)] = source
+        if not wanted:
+            continue
+        held = pool.rows[b].tolist()
+        at = {row: column for column, row in enumerate(held) if row >= 0}
+        places = [at[row] for row in wanted if row in at]
+        missing = [row for row in wanted if row not in at]
+        if missing:
+            taken = set(places)
+            spare = [column for column in range(len(held)) if column not in taken]
+            # Free places first, from the front; then those of the last candidates.
+            free = [column for column in spare if held[column] < 0]
+            spare = (free + [column for column in reversed(spare) if held[column] >= 0])[: len(missing)]
+            pool.rows[b, spare] = missing
+            places += spare
+        pool.sources[b, places] = source
 
 
 def pinned_first(

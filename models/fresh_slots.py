@@ -79,23 +79,29 @@ class FreshPool:
         rates = np.random.default_rng(now_ms).beta(a, b, (config.draws, len(rows)))
         return cls(rows, np.argsort(-rates, axis=1, kind="stable").astype(np.int16))
 
-    def draw(self, seed: int, allowed: Bools, slots: int) -> tuple[I32, F32]:
-        """Return the rows drawn for the first ``slots`` slots of one request, int32 [≤ J], and their propensities.
+    def tables(self, allowed: Bools, slots: int) -> npt.NDArray[np.int16]:
+        """Return what each of the N draws puts into the first ``slots`` slots, int16 [N, ≤ J]: places in ``rows``.
 
-        ``allowed`` bool [P]: what may be shown to this user; ``seed`` picks one of the N draws, each as likely. The
-        j-th slot gets the allowed item with the j-th greatest rate, so P(item i in slot j) is the share of the N
-        draws in which i is the j-th of the allowed ones. No estimate of another probability: given the N draws, this
-        is the probability with which the item was chosen, and it is never 0.
+        ``allowed`` bool [P]: what may be shown. The j-th slot gets the allowed item with the j-th greatest rate.
         """
-        here = allowed[self.orders]
         slots = min(slots, int(allowed.sum()))
+        here = allowed[self.orders]
         place = np.cumsum(here, axis=1, dtype=np.int16)
         drawn = np.empty((len(self.orders), slots), np.int16)
         for j in range(slots):
             column = (here & (place == j + 1)).argmax(axis=1)
             drawn[:, j] = np.take_along_axis(self.orders, column[:, None], axis=1)[:, 0]
-        mine = drawn[int(mixed(np.array([seed], np.uint64))[0] % np.uint64(len(drawn)))]
-        return self.rows[mine], (drawn == mine).mean(axis=0).astype(np.float32)
+        return drawn
+
+    def draw(self, seed: int, tables: npt.NDArray[np.int16]) -> tuple[I32, F32]:
+        """Return the rows drawn for the slots of one request, int32 [≤ J], and their propensities.
+
+        ``seed`` picks one of the N draws, each as likely, so P(item i in slot j) is the share of the N draws in which
+        i is the j-th of the allowed ones. No estimate of another probability: given the N draws, this is the
+        probability with which the item was chosen, and it is never 0.
+        """
+        mine = tables[int(mixed(np.array([seed], np.uint64))[0] % np.uint64(len(tables)))]
+        return self.rows[mine], (tables == mine).mean(axis=0).astype(np.float32)
 
 
 @dataclass(slots=True)
@@ -127,11 +133,16 @@ def draw_slots(
         return None
     shape = len(seeds), len(config.slots)
     drawn = Drawn(np.full(shape, NOT_DRAWN, np.int32), np.full(shape, np.nan, np.float32), [[] for _ in seeds], config)
+    known: dict[tuple[bytes, int], npt.NDArray[np.int16]] = {}
     for b, seed in enumerate(seeds):
         slots = sum(slot <= ks[b] for slot in config.slots)
         if seed is None or not slots:
             continue
-        rows, chances = pool.draw(seed, allowed[b], slots)
+        # Most users may be shown the whole pool: one table does for all of them.
+        key = allowed[b].tobytes(), slots
+        if key not in known:
+            known[key] = pool.tables(allowed[b], slots)
+        rows, chances = pool.draw(seed, known[key])
         drawn.rows[b, : len(rows)] = rows
         drawn.propensities[b, : len(rows)] = chances
         drawn.pool[b] = [item_id for item_id, may in zip(ids, allowed[b].tolist(), strict=True) if may]

@@ -238,7 +238,7 @@ class Recommender:
             pool = self._given(batch, refuse)
         else:
             found = search_tastes(self._vector_index, tastes, active, max(1, 3 * width // 4))
-            others = self._others(plan.quotas, past, now_ms)
+            others = self._others(plan.quotas, past, width, now_ms)
             pool = merge(found, active, self._popular.rows, width, refuse, plan.quotas, others)
             self._complete(pool, ks, tastes, active, refuse, plan, now_ms)
         if pinned is not None:
@@ -265,13 +265,13 @@ class Recommender:
         self.on_stage("assemble")
         return items, fresh
 
-    def _others(self, quotas: Quotas, past: Past, now_ms: int) -> list[Source]:
+    def _others(self, quotas: Quotas, past: Past, width: int, now_ms: int) -> list[Source]:
         """Return the sources that the quotas turn on beside searches and popular items."""
         if not quotas.has_lists:
             return []
         if self._lists is None:
             self._lists = Lists.build(self._catalogue, self._counters, now_ms)
-        return listed(self._lists, quotas, self._catalogue, past.liked)
+        return listed(self._lists, quotas, self._catalogue, past.liked, width)
 
     def _draw_fresh(
         self,
