@@ -280,6 +280,21 @@ def plan_promotion(
     return planned
 
 
+def plan_rest_of_promotion(current: Pointers, old: Pointer | None, *, at_ms: int, by: str, why: str) -> list[Pointer]:
+    """Return what is left to send of a promotion whose sending ended after its live pointer; none where nothing is.
+
+    ``old``: what was live before it, None where nothing was announced.
+    """
+    first, live = current.generation + 1, current.version("live")
+    version, sha256 = (old.version, old.manifest_sha256) if old else (BOOTSTRAP_VERSION, "")
+    planned = []
+    if current.version("previous") != version:
+        planned.append(Pointer(current.name, "previous", version, sha256, first, at_ms, by, why))
+    if live is not None and current.version("candidate") == live:
+        planned.append(Pointer(current.name, "candidate", "", "", first + len(planned), at_ms, by, why))
+    return planned
+
+
 def plan_rollback(current: Pointers, *, at_ms: int, by: str, why: str) -> list[Pointer]:
     """Return the pointers, in the order of sending, that make the previous version live again.
 

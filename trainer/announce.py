@@ -8,7 +8,7 @@ the last one of its key, and says so. Workers have refused its pointer by then, 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, Final
 
 import msgspec
@@ -21,7 +21,7 @@ from models.manifest import OffsetRange
 from models.pointer import Pointer, Pointers, decode, newest
 from models.signing import PrivateKey
 from trainer.connection import Connection
-from trainer.window import Stopping, consumer, last_values, read_range
+from trainer.window import Stopped, Stopping, consumer, last_values, read_range
 
 log = structlog.get_logger(__name__)
 
@@ -74,9 +74,19 @@ class Preparation(msgspec.Struct, frozen=True):
         return self.prepared + len(self.refusals) >= self.workers
 
 
-def preparation(statuses: Iterable[WorkerStatus], version: str, now_ms: int, interval_seconds: float) -> Preparation:
-    """Return how far the workers are that said something within SILENT_INTERVALS status intervals."""
-    alive = [s for s in statuses if now_ms - s.time_ms <= SILENT_INTERVALS * interval_seconds * 1000]
+def preparation(
+    statuses: Iterable[WorkerStatus],
+    version: str,
+    now_ms: int,
+    interval_seconds: float,
+    heard: Collection[str] = (),
+) -> Preparation:
+    """Return how far the workers are that said something within SILENT_INTERVALS status intervals.
+
+    ``heard``: ids of workers that spoke meanwhile, whatever their clocks say.
+    """
+    silent_ms = SILENT_INTERVALS * interval_seconds * 1000
+    alive = [s for s in statuses if now_ms - s.time_ms <= silent_ms or s.worker_id in heard]
     refusals = tuple(r for s in alive if (r := s.refusal(version)) is not None)
     return Preparation(len(alive), sum(s.has(version) for s in alive), refusals)
 
@@ -121,8 +131,11 @@ class Announcer:
     def announce(self, planned: Sequence[Pointer]) -> None:
         """Send pointers, in their order, signed where there is a key; returns when the broker has all of them.
 
-        Raises TrainingError (``another-decider``) where somebody else announced that generation first.
+        Raises TrainingError (``another-decider``) where somebody else announced that generation first, and Stopped
+        before the first one only: a stop does not end a promotion half way.
         """
+        if self._stopping():
+            raise Stopped
         self._runner.run(self._announce([p.signed(self._private_key) for p in planned]))
 
     async def _announce(self, planned: Sequence[Pointer]) -> None:
@@ -147,7 +160,7 @@ class Announcer:
         before: bytes | None = None
         highest = 0
         async for records, _ in read_range(
-            opened, OffsetRange(topic, sent.partition, begin, sent.offset), self._stopping
+            opened, OffsetRange(topic, sent.partition, begin, sent.offset), lambda: False
         ):
             for record in records:
                 found = _pointer(record.key, record.value)

@@ -19,12 +19,20 @@ import structlog
 
 from models import bundle as bundles
 from models.bundle import BOOTSTRAP_VERSION, Bundle, BundleContents
-from models.errors import BundleError, EncoderError, TrainingError
+from models.errors import BundleError, EncoderError, ModelError, TrainingError
 from models.examples import RANDOMISED
 from models.manifest import Manifest, OffsetRange, new_version
-from models.pointer import Pointer, Pointers, plan_candidate, plan_promotion, plan_rollback, plan_withdrawal
+from models.pointer import (
+    Pointer,
+    Pointers,
+    plan_candidate,
+    plan_promotion,
+    plan_rest_of_promotion,
+    plan_rollback,
+    plan_withdrawal,
+)
 from models.registry import prune_cache
-from trainer.announce import ANNOUNCER, ANOTHER_DECIDER, preparation
+from trainer.announce import ANNOUNCER, ANOTHER_DECIDER, SILENT_INTERVALS, preparation
 from trainer.dataset import F32, Examples, ItemFacts, read_examples
 from trainer.lone_actions import sampled_examples
 from trainer.ports import Identity, Names, Ports
@@ -134,16 +142,21 @@ class Round:
     def _tidy(self, result: RoundResult) -> None:
         """Finish what a process that ended in the middle left: half a promotion, bundles being made."""
         shutil.rmtree(self._making, ignore_errors=True)
+        # Before anything is written: room on a full disk comes from here alone.
+        self._ports.spool.delete_before(self._ports.now_ms() - round(self._config.spool_days * 24 * HOUR_MS))
         pointers = self._ports.board.pointers()
-        candidate = pointers.version("candidate")
-        if candidate is not None and candidate == pointers.version("live"):
+        candidate, live = pointers.version("candidate"), pointers.version("live")
+        pending, planned = self._state.pending, list[Pointer]()
+        if pending is not None and pending.version == live and _decision_of(pending).promote:
+            planned = plan_rest_of_promotion(pointers, pending.live, **self._said(f"gave way to {live}"))
+        elif candidate is not None and candidate == live:
             planned = plan_withdrawal(pointers, "candidate", **self._said(f"{candidate} is live"))
-            self._announce(planned, result, "finished", f"the promotion of {candidate}")
-        pending = self._state.pending
+        if planned:
+            self._announce(planned, result, "finished", f"the promotion of {live}")
         if pending is None:
             return
-        if pending.version == candidate and candidate != pointers.version("live"):
-            self._carry_out(_decision_of(pending), pending.version, result)
+        if pending.version == candidate and candidate != live:
+            self._carry_out(pending, result)
         else:
             self._state.pending = None
 
@@ -182,12 +195,13 @@ class Round:
             self._config.seed,
         )
         self._state.looked_back_to_ms = both.newest_ms
-        self._record(live, decision, other=previous)
         if decision.outcome == "roll-back":
             planned = plan_rollback(pointers, **self._said(decision.sentence))
             said = f"{previous} is live again instead of {live}: {decision.sentence}"
             self._announce(planned, result, "rolled-back", said)
         save_state(self._config.data_folder, self._state)
+        # Last: a registry that is away must not hold a rollback up.
+        self._record(live, decision, other=previous)
 
     # --- the candidate -------------------------------------------------------------------------------------------
 
@@ -202,7 +216,7 @@ class Round:
             bundle = self._bundle(pointer)
         except BundleError as error:
             decision = Decision("refuse", f"bundle-{error.reason}", f"the candidate cannot be read: {error.detail}")
-            self._decide(decision, candidate, result)
+            self._decide(decision, candidate, pointers, result)
             return False
         since = max(bundle.manifest.window.to_ms, self._learned_to(live), self._state.judged_to_ms)
         found = examples.after(since)
@@ -216,10 +230,12 @@ class Round:
         self._state.judged_to_ms = found.newest_ms
         try:
             decision = self._judged(found, bundle, live, pointers, items)
-        except EncoderError as error:
-            decision = Decision("refuse", "encoder", f"the candidate cannot be scored: {error}")
-        self._decide(decision, candidate, result)
-        return False
+        except (EncoderError, ModelError) as error:
+            reason = "encoder" if isinstance(error, EncoderError) else "scores-not-finite"
+            decision = Decision("refuse", reason, f"the candidate cannot be scored: {error}")
+        self._decide(decision, candidate, pointers, result)
+        # It still stands where somebody else decided about the live one meanwhile.
+        return self._ports.board.pointers().version("candidate") == candidate
 
     def _why_wait(self, found: Examples, candidate: str, pointers: Pointers) -> str | None:
         gate = self._config.gate
@@ -278,7 +294,7 @@ class Round:
             try:
                 bundle = self._bundle(pointers.roles["live"])
                 return found, self._ports.learner.score(bundle, [e.features for e in found.impressions], items)
-            except (BundleError, EncoderError) as error:
+            except (BundleError, EncoderError, ModelError) as error:
                 log.warning("live_bundle_not_scored", version=live, error=str(error), action="logged scores are taken")
         found, (logged,) = logged_scores(found, live)
         return found, logged
@@ -288,21 +304,27 @@ class Round:
         scored, logged = logged_scores(found, candidate)
         return check_shadow(logged[0], [by_id[e.features.impression_id] for e in scored.impressions], self._config.gate)
 
-    def _decide(self, decision: Decision, candidate: str, result: RoundResult) -> None:
+    def _decide(self, decision: Decision, candidate: str, pointers: Pointers, result: RoundResult) -> None:
         """Keep a decision, then carry it out: a process that ends in between goes on with the same one."""
-        self._state.pending = Pending(candidate, decision.record())
+        pending = Pending(candidate, decision.record(), pointers.roles.get("live"))
+        self._state.pending = pending
         save_state(self._config.data_folder, self._state)
-        self._carry_out(decision, candidate, result)
+        self._carry_out(pending, result)
 
-    def _carry_out(self, decision: Decision, candidate: str, result: RoundResult) -> None:
+    def _carry_out(self, pending: Pending, result: RoundResult) -> None:
+        decision, candidate = _decision_of(pending), pending.version
         if decision.promote:
             decision = self._prepared(candidate, decision)
         # Read again: an operator may have spoken while workers prepared, and overrides.
         pointers = self._ports.board.pointers()
-        pointer = pointers.roles.get("candidate")
-        self._record(candidate, decision, other=pointers.version("live") or BOOTSTRAP_VERSION)
+        pointer, live = pointers.roles.get("candidate"), pointers.version("live") or BOOTSTRAP_VERSION
+        against = pending.live.version if pending.live else BOOTSTRAP_VERSION
+        self._record(candidate, decision, other=against)
         if pointer is None or pointer.version != candidate:
             result.add("overridden", f"{candidate} is no candidate any more; somebody else decided")
+        elif decision.promote and live != against:
+            said = f"{live} became live meanwhile; {candidate} was better than {against}, it waits to be judged again"
+            result.add("overridden", said)
         elif decision.promote:
             planned = plan_promotion(pointers, candidate, pointer.manifest_sha256, **self._said(decision.sentence))
             self._announce(planned, result, "promoted", f"{candidate} is live: {decision.sentence}")
@@ -316,11 +338,17 @@ class Round:
     def _prepared(self, candidate: str, decision: Decision) -> Decision:
         """Wait until the live workers have prepared the candidate; the decision, or a refusal where none can."""
         config, ports = self._config, self._ports
-        deadline = ports.now_ms() + round(config.prepare_timeout_seconds * 1000)
+        interval, began = self._names.status_interval_seconds, ports.now_ms()
+        deadline = began + round(config.prepare_timeout_seconds * 1000)
+        first: dict[str, int] = {}
         while True:
-            found = preparation(ports.board.statuses(), candidate, ports.now_ms(), self._names.status_interval_seconds)
+            statuses, now_ms = ports.board.statuses(), ports.now_ms()
+            heard = {s.worker_id for s in statuses if first.setdefault(s.worker_id, s.time_ms) != s.time_ms}
+            found = preparation(statuses, candidate, now_ms, interval, heard)
             ports.show("workers prepared", found.prepared, found.workers)
-            if found.is_done or ports.now_ms() >= deadline:
+            # All seem gone: gone, or their clocks are behind this one, which the next thing that they say tells.
+            listening = statuses and not found.workers and now_ms < began + SILENT_INTERVALS * interval * 1000
+            if (found.is_done and not listening) or now_ms >= deadline:
                 break
             self._go_on()
             ports.sleep(POLL_SECONDS)
@@ -455,13 +483,12 @@ class Round:
             return 0
 
     def _keep_house(self) -> None:
-        """Show the roles; delete what is too old in the spool, and fetched bundles that no role names."""
-        ports, config = self._ports, self._config
+        """Show the roles; delete fetched bundles that no role names."""
+        ports = self._ports
         roles = ports.board.pointers().roles
         ports.metrics.generation.clear()
         for role, pointer in roles.items():
             ports.metrics.generation.labels(role).set(pointer.generation)
-        ports.spool.delete_before(ports.now_ms() - round(config.spool_days * 24 * HOUR_MS))
         prune_cache(self._names.bundle_cache, {p.version for p in roles.values()}, self._names.cache_bundles)
 
 

@@ -13,6 +13,7 @@ import msgspec
 import structlog
 
 from models.atomic import replace_file
+from models.pointer import Pointer
 
 log = structlog.get_logger(__name__)
 
@@ -24,6 +25,8 @@ class Pending(msgspec.Struct, frozen=True):
 
     version: str
     decision: dict[str, Any]
+    live: Pointer | None = None
+    """The live one that it was judged against; None: the bootstrap, which nobody had announced."""
 
 
 class TrainerState(msgspec.Struct, kw_only=True):

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from models import bundle as bundles
-from models.errors import BrokerUnavailable, RegistryError, TrainingError
-from models.pointer import plan_promotion, plan_withdrawal
-from tests.trainer.round_world import World, outside_error
-from trainer import state
+from models.errors import BrokerUnavailable, ModelError, RegistryError, TrainingError
+from models.pointer import plan_promotion, plan_rollback, plan_withdrawal
+from tests.trainer.round_world import FakeLearner, World, outside_error
+from trainer import spool, state
 from trainer.announce import VersionStatus, WorkerStatus
 from trainer.window import Stopped
 
@@ -309,6 +309,114 @@ def test_an_operator_who_speaks_at_the_same_moment_overrides_and_is_not_overrule
     assert world.round().outcomes[0] == "overridden"
     assert world.role("live") is None
     assert "promoted" not in world.round().outcomes
+
+
+def better_second(world: World) -> tuple[str, str]:
+    """Return a live bundle and a better candidate whose slice may be judged."""
+    live = promoted(world)
+    second = world.role("candidate")
+    assert second is not None
+    world.now_ms += 120_000
+    world.skill[second] = 2.5
+    world.impressions(300, live=live, shadows=["bootstrap-0", second])
+    return live, second
+
+
+def test_an_operator_who_rolls_back_while_workers_prepare_overrides_and_the_candidate_waits(world: World) -> None:
+    live, second = better_second(world)
+    world.statuses = [WorkerStatus("slow", world.now_ms)]
+
+    def roll_back() -> None:
+        if world.role("live") == live:
+            world.topic += plan_rollback(world.pointers(), at_ms=world.now_ms, by="operator", why="no")
+        world.workers_have(second)
+
+    world.on_sleep = roll_back
+    assert world.round().outcomes == ["overridden"]
+    assert (world.role("live"), world.role("candidate")) == ("bootstrap-0", second)
+
+
+@pytest.mark.parametrize("sent", [1, 2])
+def test_half_a_promotion_that_is_finished_keeps_what_was_live_as_previous(world: World, sent: int) -> None:
+    live, second = better_second(world)
+    world.workers_have(second)
+    announced = 0
+
+    def die(call: str) -> None:
+        nonlocal announced
+        announced += call == "board.announce"
+        if announced > sent:
+            raise BrokerUnavailable("gone")
+
+    world.before_call = die
+    with pytest.raises(BrokerUnavailable):
+        world.round()
+    world.before_call = lambda _: None
+    assert world.round().outcomes[0] == "finished"
+    assert (world.role("live"), world.role("previous")) == (second, live)
+
+
+def test_a_rollback_does_not_wait_for_a_registry_that_is_away(world: World) -> None:
+    live = promoted(world)
+    world.skill[live], world.skill["bootstrap-0"] = 0.0, 1.0
+    world.impressions(300, live=live, shadows=["bootstrap-0"])
+
+    def away(call: str) -> None:
+        if call.startswith("registry"):
+            raise outside_error(call)
+
+    world.before_call = away
+    with pytest.raises(RegistryError):
+        world.round()
+    assert world.role("live") == "bootstrap-0"
+
+
+def test_a_candidate_that_cannot_be_scored_is_refused_and_holds_nothing_up(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    version = candidate(world)
+    world.impressions(300, shadows=[version])
+
+    def not_finite(*_: object) -> None:
+        raise ModelError("a score is not a finite number")
+
+    monkeypatch.setattr(FakeLearner, "score", not_finite)
+    assert world.round().outcomes == ["refused", "candidate"]
+
+
+def test_old_records_leave_a_full_disk_before_new_ones_are_written(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    candidate(world)
+    old = list(world.config.data_folder.rglob("*.parquet"))
+    world.now_ms += 30 * 24 * 3_600_000
+    world.impressions(300)
+
+    def full(*_: object) -> None:
+        raise OSError(28, "no space left on device")
+
+    monkeypatch.setattr(spool, "replace_file", full)
+    with pytest.raises(OSError, match="no space"):
+        world.round()
+    assert old
+    assert not any(file.exists() for file in old)
+
+
+def test_workers_whose_clocks_are_behind_are_waited_for(world: World) -> None:
+    version = candidate(world)
+    world.impressions(300, shadows=[version])
+    polls = 0
+
+    def speak() -> None:
+        nonlocal polls
+        polls += 1
+        prepared = [VersionStatus(version)] if polls == 6 else []
+        world.statuses = [WorkerStatus("w", world.now_ms - 60_000, prepared=prepared)]
+
+    speak()
+    world.on_sleep = speak
+    assert world.round().outcomes[0] == "promoted"
+    assert polls == 6
 
 
 def test_a_decision_that_was_made_is_carried_out_by_the_next_process_without_a_second_look(world: World) -> None:
