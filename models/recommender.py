@@ -118,6 +118,15 @@ class Recommender:
             self._users = replace(self._users, space_id=model.space_hash, carry=model.carry)
         self._model = model
 
+    def reconfigure(self, config: RecommenderConfig) -> None:
+        """Make slates by other settings from the next call on; what was made by the old ones is forgotten."""
+        self.config = config
+        self._plans.clear()
+        self._numbers.clear()
+        self._refreshed_at_ms = None
+        self._fresh.clear()
+        self._lists = None
+
     def refresh(self, now_ms: int) -> None:
         """Renew what is popular and what is new, at most once in ``refresh_seconds``; cheap when it is not due."""
         last_ms = self._refreshed_at_ms
@@ -401,8 +410,10 @@ class Recommender:
             self.on_stage("gather")
             return score(features, ranking), features.ctr
         times_ms = np.full(len(states), now_ms, np.int64)
+        # The settings of all, not of an arm: features must be those that the examples have.
+        usual, vectors = self.config.ranking, model.vectors
         raw = raw_from_state(
-            states, pool.rows, times_ms, self._catalogue, self._counters, self._users, ranking, vectors=model.vectors
+            states, pool.rows, times_ms, self._catalogue, self._counters, self._users, usual, vectors=vectors
         )
         recent = raw.recent_items
         recent_rows = self._catalogue.index.rows_by_hash(recent.ravel().tolist(), recent.size).reshape(recent.shape)

@@ -85,6 +85,7 @@ class RulesConfig(BaseModel):
     blocked: dict[str, ItemMatch] = Field(
         default_factory=dict, description="By name: items that match any of these are not shown."
     )
+    blocked_items: tuple[str, ...] = Field((), description="Ids of items that are not shown.")
     boosts: dict[str, BoostRule] = Field(
         default_factory=dict, description="By name: items that match get its boost; several add up."
     )
@@ -105,7 +106,7 @@ class RulesConfig(BaseModel):
     @property
     def filter_items(self) -> bool:
         """Whether a rule keeps items out."""
-        return bool(self.blocked) or not self.allowed.is_empty
+        return bool(self.blocked or self.blocked_items) or not self.allowed.is_empty
 
     def refused(self, catalogue: Catalogue, rows: I32, now_ms: int) -> Bools:
         """Return which rows may not be shown at ``now_ms``, bool of their shape."""
@@ -114,6 +115,8 @@ class RulesConfig(BaseModel):
         )
         for match in self.blocked.values():
             refused |= match.mask(catalogue, rows, now_ms)
+        if self.blocked_items:
+            refused |= np.isin(rows, catalogue.index.rows(list(self.blocked_items)))
         return refused
 
     def boost(self, catalogue: Catalogue, rows: I32, now_ms: int) -> F32:
@@ -125,7 +128,9 @@ class RulesConfig(BaseModel):
 
     def allows(self, item: Item, now_ms: int) -> bool:
         """Tell whether one item may be shown, by its record alone: the fallback's own check."""
-        return self.allowed.fits(item, now_ms) and not any(m.fits(item, now_ms) for m in self.blocked.values())
+        if item.item_id in self.blocked_items or not self.allowed.fits(item, now_ms):
+            return False
+        return not any(match.fits(item, now_ms) for match in self.blocked.values())
 
 
 def fits_filters(item: Item, filters: Filters) -> bool:

@@ -95,6 +95,10 @@ class FeaturesWriter:
         models = {model.version: model for model in (live, *shadows)}
         self._models = [(model, self._reader(model)) for model in models.values()]
 
+    def reconfigure(self, settings: Settings) -> None:
+        """Use other settings from now on."""
+        self._settings = settings
+
     def records(self, shown: Shown, now_ms: int) -> list[SentFeatures]:
         """Return the records of impressions, in their order; one that our code fails on has none."""
         if not shown.events or not self._models or not self._settings.examples.enabled:

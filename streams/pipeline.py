@@ -178,6 +178,13 @@ class Pipeline:
         self.shadows = list(shadows)
         self._features.use(live, shadows)
 
+    def reconfigure(self, settings: Settings) -> None:
+        """Make slates by other settings from the next batch on; the surfaces are the same. In the state thread."""
+        self._settings = settings
+        self._recommender.reconfigure(settings.recommender)
+        self._features.reconfigure(settings)
+        self._has_drawn_slots = settings.recommender.draws_slots
+
     def prepare(
         self,
         accepted: Sequence[Decoded],

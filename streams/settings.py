@@ -164,6 +164,12 @@ class WorkerSettings(_Section):
         le=65_535,
         description="Port of the encoder process's metrics; unset: the one after `port`, a free one where that is 0.",
     )
+    settings_poll_seconds: float = Field(
+        1.0,
+        gt=0,
+        le=3_600,
+        description="How often the settings file is looked at; `recommender` changes while serving.",
+    )
     restart_backoff_seconds: float = Field(1.0, gt=0, description="First wait before a dead child is started again.")
     restart_backoff_max_seconds: float = Field(30.0, gt=0, description="Longest such wait.")
     poison_deaths: int = Field(3, ge=1, description="Deaths at the same offsets before they go one by one.")
@@ -241,13 +247,23 @@ _BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
 _OWN_VARIABLES = {CONFIG_FILE_VARIABLE, SUPERVISOR_VARIABLE, "MILLSTREAM_TEST_BOOTSTRAP"}
 
 
+def file_in_force() -> Path:
+    """Return the file that `load` reads where none is given; it need not exist."""
+    return _named_file() or Path(DEFAULT_CONFIG_FILE)
+
+
+def _named_file() -> Path | None:
+    name = os.environ.get(CONFIG_FILE_VARIABLE)
+    return Path(name) if name else None
+
+
 def load(config_file: Path | None = None) -> Settings:
     """Read the settings from the environment and the TOML file.
 
     The file is ``config_file``, else the one that MILLSTREAM_CONFIG names, else ``millstream.toml`` here if
     there is one. Raises SettingsError, naming every value that is unknown or impossible.
     """
-    named = config_file or (Path(v) if (v := os.environ.get(CONFIG_FILE_VARIABLE)) else None)
+    named = config_file or _named_file()
     path = named or Path(DEFAULT_CONFIG_FILE)
     values: dict[str, Any] = {}
     if path.is_file():

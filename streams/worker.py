@@ -51,7 +51,8 @@ from streams.pipeline import Pipeline, Prepared, Refused, TextVectors, decode_ba
 from streams.profiles import Profiles
 from streams.query_client import QueryEncoderClient
 from streams.sender import Outbox, Sender
-from streams.settings import Settings, load
+from streams.settings import Settings, file_in_force, load
+from streams.settings_watch import SettingsWatch
 from streams.state_thread import StateThread
 from streams.topic_ids import epoch, topic_ids
 from streams.topics import TopicNames, require_layout
@@ -210,6 +211,7 @@ class Worker:
         self.models = ModelWatch(
             settings, self.model, self.catalogue_mirror, self.state, self.model_metrics, self._switch_model
         )
+        self.settings_watch = SettingsWatch(settings, file_in_force(), self._use_settings, self.metrics.registry)
         self.model_status = StatusWriter(settings, self.model, self.models, self.producer)
         self.users_mirror = Mirror(settings, self.names.users, self.profiles.apply)
         self.users_mirror.assign([])
@@ -230,6 +232,7 @@ class Worker:
         self._spawn(self.models.run(), "models")
         self._spawn(self.model_status.run(), "model status")
         self._spawn(self.item_stats.run(), "item-stats")
+        self._spawn(self.settings_watch.run(), "settings")
         self._spawn(self._tick(), "tick")
         self._spawn(self.maintenance.watch_commits(), "commit watchdog")
         self._spawn(self.maintenance.report(), "metrics")
@@ -323,6 +326,10 @@ class Worker:
         self.encoder.use(live.space)
         await self.state.run(self.pipeline.use, live, shadows)
         self.metrics.set_build(model_version=live.version, space_id=live.space_id)
+
+    async def _use_settings(self, settings: Settings) -> None:
+        async with self.batch_in_work:
+            await self.state.run(self.pipeline.reconfigure, settings)
 
     def _parts(self, events: Sequence[Any]) -> list[list[Any]]:
         """Split a batch so that each suspect of an earlier death is alone."""

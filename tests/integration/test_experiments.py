@@ -116,3 +116,40 @@ async def test_arms_reach_slates_metrics_labels_and_the_report(settings_with: Se
     assert (first["arm"], first["impressions"], first["clicked"]) == ("control", len(control), 3)
     assert (second["arm"], second["impressions"], second["clicked"]) == ("bold", len(bold), 6)
     assert second["difference_low"] < second["difference"] < second["difference_high"]
+
+
+async def test_an_item_that_the_settings_block_is_in_no_slate_soon_after_and_the_worker_goes_on(
+    settings_with: SettingsWith, tmp_path: Path
+) -> None:
+    surface = {"k": 5, "rules": {"pinned": ["item-7"]}}
+    async with world(settings_with, tmp_path, recommender={"surfaces": {"default": surface}}) as on:
+        worker = await on.ready_worker()
+        await on.publish([request("before")])
+
+        async def slate_of(user: str) -> Any:
+            found: list[Any] = []
+
+            async def there() -> bool:
+                found[:] = [slate for slate in await on.slates() if slate["user_id"] == user]
+                return bool(found)
+
+            await wait_until(there, 90, f"{user} has a slate", every_seconds=0.2)
+            return found[0]
+
+        assert (await slate_of("before"))["items"][0]["item_id"] == "item-7"
+        pid = worker.pid
+        file = tmp_path / "worker-settings" / "millstream.toml"
+        text = file.read_text()
+        assert text.count("blocked_items = []") == 1
+        file.write_text(text.replace("blocked_items = []", 'blocked_items = ["item-7"]'))
+
+        async def in_force() -> bool:
+            return await worker.metric("millstream_settings_reload_seconds_count") == 1
+
+        await wait_until(in_force, 60, "the block is in force", every_seconds=0.1)
+        await on.publish([request("after")])
+        ids = [item["item_id"] for item in (await slate_of("after"))["items"]]
+        assert len(ids) == 5
+        assert "item-7" not in ids
+        assert worker.pid == pid
+        assert worker.returncode is None

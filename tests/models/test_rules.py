@@ -64,6 +64,22 @@ def test_blocked_items_are_not_shown() -> None:
     assert shop(RulesConfig(blocked=blocked)).ids() == ["i2", "i4", "i6", "i8", "i12"]
 
 
+def test_blocked_ids_are_not_shown_nor_in_degraded_slates() -> None:
+    world = shop(RulesConfig(blocked_items=("i1", "i3", "unknown")))
+    assert world.ids() == ["i0", "i2", "i4", "i5", "i6"]
+    assert world.ids(candidates=["i1", "i2"]) == ["i2"]
+    slate = world.recommender.fallback(world.rows, [SlateRequest("a", 0)], NOW_MS)[0]
+    assert [item.item_id for item in slate.items] == ["i0", "i2", "i4", "i5", "i6"]
+
+
+def test_other_settings_are_in_force_from_the_next_slate_on() -> None:
+    world = shop()
+    assert world.ids() == ["i0", "i1", "i2", "i3", "i4"]
+    surfaces = {"default": SurfaceConfig(k=2, rules=RulesConfig(pinned=("i9",)))}
+    world.recommender.reconfigure(RecommenderConfig(surfaces=surfaces))
+    assert world.ids() == ["i9", "i0"]
+
+
 def test_rules_hold_for_named_candidates_and_beside_the_filters_of_a_request() -> None:
     world = shop(RulesConfig(allowed=ItemMatch(categories=("hats",))))
     assert world.ids(candidates=["i1", "i12", "i2"]) == ["i12"]
