@@ -98,6 +98,12 @@ class BaseEncodings:
         content[~inside] = 0
         return found, content
 
+    def contents(self, rows: npt.NDArray[Any]) -> Hashes:
+        """Return the content hashes of rows [n], 0 where there is no encoding; the encodings are not copied."""
+        hashes = self.content_hashes
+        inside = rows < len(hashes)
+        return np.where(inside, hashes[np.where(inside, rows, 0)], np.uint64(0))
+
     def _has_none(self, row: int) -> bool:
         if self.seen is not None and row in self.seen:
             return False

@@ -165,7 +165,13 @@ class Registry:
         with self._reaching(f"fetch {version}"):
             if self._is_cached(target, manifest_sha256):
                 return target
-            encoded = self._manifest_bytes(version)
+            try:
+                encoded = self._manifest_bytes(version)
+            except BundleError as error:
+                if error.reason == "not-in-registry" and not self._exists(self._path()):
+                    # A volume that is not mounted yet looks like this: it must not cost a start its live bundle.
+                    raise FileNotFoundError(f"there is nothing at all under {self._path()}") from error
+                raise
             if manifest_sha256 is not None and digest(encoded) != manifest_sha256:
                 raise refusal(
                     "wrong-hash", version, f"the registry has the manifest {digest(encoded)}, not {manifest_sha256}"

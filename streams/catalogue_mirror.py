@@ -150,7 +150,7 @@ class CatalogueState:
         """Return how many servable items with text have no encoding of their present text by this encoder."""
         rows = self.catalogue.servable_rows(now_ms)
         content = self.catalogue.content_hashes(rows)
-        encoded = self.encodings[encoder_id].take(rows)[1]
+        encoded = self.encodings[encoder_id].contents(rows)
         return int(((content != 0) & (content != encoded)).sum())
 
     def _apply_vectors(

@@ -41,6 +41,8 @@ log = structlog.get_logger(__name__)
 RETRY_SECONDS: Final = 1.0
 RETRY_MAX_SECONDS: Final = 60.0
 ENCODING_POLL_SECONDS: Final = 0.5
+SETTLE_SECONDS: Final = 0.2
+"""How long news is gathered after a preparation was given up: a storm of pointers must not start a thread for each."""
 KEEP_SECONDS: Final = 10.0
 """How long a version without a role is kept: its new role may be on its way."""
 
@@ -120,7 +122,8 @@ class ModelWatch:
         """Offset of the newest record of each key when the topic was read for the first time."""
         self._news = asyncio.Event()
         self._started_at = time.monotonic()
-        self._preparing_encoder: str | None = None
+        self._preparing: Space | None = None
+        """Stays with its encodings, though no version holds it yet."""
         first = catalogue_mirror.state.spaces[slot.live.space_id]
         self._state = _State(held={(slot.live.version, ""): _Held(slot.live, first)})
         metrics.set_roles(slot.by_role())
@@ -299,7 +302,10 @@ class ModelWatch:
             log.info("model_freed", version=key[0])
         mirrored = self._catalogue_mirror.state
         spaces = {held.model.space_id for held in state.held.values()}
-        encoders = {slot.bootstrap_space.encoder_id} | {e for e in (self._preparing_encoder,) if e is not None}
+        encoders = {slot.bootstrap_space.encoder_id}
+        if self._preparing is not None:
+            spaces.add(self._preparing.space_id)
+            encoders.add(self._preparing.encoder_id)
         used = encoders | {held.model.encoder_id for held in state.held.values()}
         if mirrored.spaces.keys() - spaces or mirrored.encodings.keys() - used:
             for space in await self._thread.run(mirrored.keep_only, spaces, encoders):
@@ -315,28 +321,52 @@ class ModelWatch:
     async def _prepare_until_news(self, role: Role, pointer: Pointer) -> None:
         """Prepare; give it up where the topic comes to say something more urgent."""
         preparing = asyncio.create_task(self._try(role, pointer), name=f"prepare-{pointer.version}")
+        gives_up = False
         try:
             while not preparing.done():
                 news = asyncio.create_task(self._news.wait())
-                await asyncio.wait({preparing, news}, return_when=asyncio.FIRST_COMPLETED)
+                await asyncio.wait(
+                    {preparing, news}, timeout=self._seconds_to_live(role), return_when=asyncio.FIRST_COMPLETED
+                )
                 news.cancel()
-                if preparing.done() or not self._news.is_set():
+                if preparing.done():
                     continue
-                self._news.clear()
-                if self._unread:
-                    await self._read_pointers()
-                # A rollback to what is held does not wait for what is being prepared.
-                await self._assign()
+                if self._news.is_set():
+                    self._news.clear()
+                    if self._unread:
+                        await self._read_pointers()
+                    # A rollback to what is held does not wait for what is being prepared.
+                    await self._assign()
+                if not self.decided.is_set() and self._live_retry() is not None:
+                    self._decide()
                 due = self._next()
                 if due is None or _key(due[1]) != _key(pointer):
                     log.info("preparation_given_up", version=pointer.version)
+                    gives_up = True
                     break
         finally:
             if not preparing.done():
                 preparing.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await preparing
-            self._preparing_encoder = None
+            self._preparing = None
+        if False and gives_up:
+            await asyncio.sleep(SETTLE_SECONDS)
+
+    def _live_retry(self) -> _Retry | None:
+        """Return when the live version is asked for again, None where it is not waited for."""
+        pointer = self._state.wanted.get("live")
+        return None if pointer is None else self._state.retries.get(_key(pointer))
+
+    def _seconds_to_live(self, preparing: Role) -> float | None:
+        """Return how long the preparation of a role may go on undisturbed; None: until there is news."""
+        retry = self._live_retry()
+        if retry is None:
+            return None
+        waits = [retry.at] if preparing != "live" else []
+        if not self.decided.is_set():
+            waits.append(self._patience_ends_at())
+        return max(0.0, min(waits) - time.monotonic()) if waits else None
 
     async def _try(self, role: Role, pointer: Pointer) -> None:
         key = _key(pointer)
@@ -373,13 +403,19 @@ class ModelWatch:
     async def _prepare(self, pointer: Pointer) -> _Held:
         """Return a version that may serve. Raises BundleError, RegistryError and OSError."""
         if pointer.is_bootstrap or pointer.is_withdrawal:
+            self._preparing = self._slot.bootstrap_space
             space = await self._item_space(self._slot.bootstrap_space)
             return _Held(_bootstrap(space), space)
-        # A time-out is an OSError: asked again like any registry that is not reached.
-        async with asyncio.timeout(self._settings.models.fetch_timeout_seconds):
-            bundle = await self._in_background(self._load, pointer)
+        stop = threading.Event()
+        try:
+            # A time-out is an OSError: asked again like any registry that is not reached.
+            async with asyncio.timeout(self._settings.models.fetch_timeout_seconds):
+                bundle = await self._in_background(self._load, pointer, stop)
+        finally:
+            stop.set()
         self._check(bundle)
-        encoder_id = self._preparing_encoder = bundle.space.encoder_id
+        self._preparing = bundle.space
+        encoder_id = bundle.space.encoder_id
         await self._catalogue_mirror.add_encoder(encoder_id, bundle.space.base_dim)
         await self._bring(bundle)
         item_space = await self._item_space(bundle.space)
@@ -396,9 +432,11 @@ class ModelWatch:
         except OSError as error:
             log.warning("cache_not_pruned", folder=str(models.cache_folder), error=repr(error))
 
-    def _load(self, pointer: Pointer) -> Bundle:
+    def _load(self, pointer: Pointer, stop: threading.Event) -> Bundle:
         models = self._settings.models
         folder = self._registry.fetch(pointer.version, models.cache_folder, manifest_sha256=pointer.manifest_sha256)
+        if stop.is_set():
+            raise RegistryError(f"{pointer.version} was fetched when nobody waited for it any more; it is in the cache")
         bundle = load(
             folder, models.trusted(), manifest_sha256=pointer.manifest_sha256, max_bytes=models.max_bundle_bytes
         )
