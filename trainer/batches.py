@@ -219,9 +219,12 @@ def time_order(training_set: TrainingSet) -> TrainingSet:
 
 def fit_priors(records: Sequence[FeaturesRecord]) -> FeatureConfig:
     """Return the feature encoding with the mean CTR of each half-life that the impressed items' counters show."""
-    raw = raw_slates(records)
-    counts = np.expm1(raw.counters[raw.valid].astype(np.float64))
-    clicks, shown = counts[:, :, CLICKS].sum(0), counts[:, :, IMPRESSIONS].sum(0)
+    clicks, shown = np.zeros(HALF_LIVES), np.zeros(HALF_LIVES)
+    # Some at once: one slate of hundreds of items would pad all of a window to its length.
+    for _, raw in padded_slates(records):
+        counts = np.expm1(raw.counters[raw.valid].astype(np.float64))
+        clicks += counts[:, :, CLICKS].sum(0)
+        shown += counts[:, :, IMPRESSIONS].sum(0)
     default = FeatureConfig()
     strength = default.prior_strength
     # Where little was counted the default stands.

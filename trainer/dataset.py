@@ -34,6 +34,7 @@ from trainer.spool import Spool, SpooledRecord
 log = structlog.get_logger(__name__)
 
 F32 = npt.NDArray[np.float32]
+_SORTED_AT_LEAST: Final = 1_000
 LEFT_OUT: Final = ("unlabelled", "lagged", "replayed", "early", "repeated", "unreadable", "above-limit")
 
 
@@ -122,14 +123,26 @@ def read_examples(
 ) -> Examples:
     """Join what is spooled of these ranges; the newest ``max_impressions`` are kept.
 
-    The same ranges give the same examples. Raises TrainingError (``spool-unreadable``).
+    Partition after partition, since a labels record stands in that of its features: memory holds the labels of one
+    partition and about twice the impressions that are kept, however long the window is. The same ranges give the
+    same examples. Raises TrainingError (``spool-unreadable``).
     """
-    of = {topic: [r for r in _sorted(ranges) if r.topic == topic] for topic in (features_topic, labels_topic)}
-    return join(
-        (record for r in of[features_topic] for record in spool.read(r)),
-        (record for r in of[labels_topic] for record in spool.read(r)),
-        max_impressions,
-    )
+    found: list[Example] = []
+    left_out: Counter[str] = Counter()
+    for partition in sorted({r.partition for r in ranges if r.topic == features_topic}):
+        features, labels = (
+            [r for r in _sorted(ranges) if (r.topic, r.partition) == (topic, partition)]
+            for topic in (features_topic, labels_topic)
+        )
+        joined = join(
+            (record for r in features for record in spool.read(r)),
+            (record for r in labels for record in spool.read(r)),
+            max_impressions,
+        )
+        left_out.update(joined.left_out)
+        found += joined.impressions
+        _keep_newest(found, max_impressions, left_out)
+    return Examples(found, dict(left_out))
 
 
 def join(features: Iterable[SpooledRecord], labels: Iterable[SpooledRecord], max_impressions: int) -> Examples:
@@ -159,14 +172,21 @@ def join(features: Iterable[SpooledRecord], labels: Iterable[SpooledRecord], max
                 left_out[reason] += 1
                 continue
             found.append(Example(state, label_values(outcome_of, len(state)), record.broker_ms))
+            if len(found) >= 2 * max_impressions + _SORTED_AT_LEAST:
+                _keep_newest(found, max_impressions, left_out)
         except RecordError as error:
             _unreadable(left_out, "features", record, error)
+    _keep_newest(found, max_impressions, left_out)
+    return Examples(found, dict(left_out))
+
+
+def _keep_newest(found: list[Example], max_impressions: int, left_out: Counter[str]) -> None:
+    """Put impressions in the order of time, and drop the oldest of too many."""
     # Impressions of one millisecond stand in an order that no partition count and no restart changes.
     found.sort(key=lambda e: (e.features.time_ms, e.features.impression_id))
     if len(found) > max_impressions:
-        left_out["above-limit"] = len(found) - max_impressions
-        found = found[-max_impressions:]
-    return Examples(found, dict(left_out))
+        left_out["above-limit"] += len(found) - max_impressions
+        del found[:-max_impressions]
 
 
 def _why_not(state: FeaturesRecord, outcome: LabelsRecord | None) -> tuple[str, LabelsRecord | None]:

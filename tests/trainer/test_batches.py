@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -116,6 +118,16 @@ def test_priors_are_the_ctr_that_the_counters_show() -> None:
     counters[:, :, 0], counters[:, :, 1] = np.log1p(10_000), np.log1p(200)
     shown.counters = counters.astype("<f2").tobytes()
     np.testing.assert_allclose(fit_priors([shown]).prior_ctr, [0.02] * 4, rtol=0.02)
+
+
+def test_priors_of_a_window_are_not_padded_to_its_longest_slate() -> None:
+    records = [record(n, 0, [1, 2], [], START_MS) for n in range(1_000)]
+    records.append(record(1_000, 0, list(range(500)), [], START_MS))
+    tracemalloc.start()
+    fit_priors(records)
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert most < 1_001 * 500 * 24
 
 
 def test_priors_without_counts_are_the_defaults() -> None:

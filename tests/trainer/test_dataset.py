@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import msgspec
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -13,8 +16,9 @@ from models.examples import EARLY, LAGGED, REPLAYED, FeaturesRecord, LabelsRecor
 from models.manifest import OffsetRange
 from tests.models.bundles import features_record
 from tests.trainer.round_world import labels_record
-from trainer.dataset import Examples, join
-from trainer.spool import SpooledRecord
+from trainer import dataset
+from trainer.dataset import Example, Examples, join, read_examples
+from trainer.spool import Spool, SpooledRecord
 
 
 def shown(impression_id: int, time_ms: int = 1_000, **given: Any) -> FeaturesRecord:
@@ -92,6 +96,34 @@ def test_examples_stand_in_the_order_of_time() -> None:
 def test_above_the_limit_the_newest_are_kept() -> None:
     found = joined([shown(1, 1_000), shown(2, 2_000)], [labels_record(1, []), labels_record(2, [])], most=1)
     assert [e.features.impression_id for e in found.impressions] == [2]
+    assert found.left_out == {"above-limit": 1}
+
+
+def test_of_a_long_window_no_more_than_twice_the_limit_is_ever_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    held = []
+    keep = dataset._keep_newest
+
+    def watched(found: list[Example], most: int, left_out: Counter[str]) -> None:
+        held.append(len(found))
+        keep(found, most, left_out)
+
+    monkeypatch.setattr(dataset, "_keep_newest", watched)
+    numbers = range(1, 5_001)
+    found = joined([shown(n, n) for n in reversed(numbers)], [labels_record(n, []) for n in numbers], most=500)
+    assert max(held) <= 2 * 500 + 1_000
+    assert [e.features.impression_id for e in found.impressions] == list(range(4_501, 5_001))
+    assert found.left_out == {"above-limit": 4_500}
+
+
+def test_partitions_are_joined_with_the_labels_of_their_own_and_put_in_the_order_of_time(tmp_path: Path) -> None:
+    spool = Spool(tmp_path)
+    ranges = [OffsetRange(topic, partition, 0, 2) for topic in ("features", "labels") for partition in (0, 1)]
+    for partition in (0, 1):
+        numbers = (partition + 1, partition + 3)
+        spool.write(ranges[partition], spooled(*(shown(n, n * 1_000) for n in numbers)))
+        spool.write(ranges[2 + partition], spooled(*(labels_record(n, []) for n in numbers)))
+    found = read_examples(spool, ranges, "features", "labels", 3)
+    assert [e.features.impression_id for e in found.impressions] == [2, 3, 4]
     assert found.left_out == {"above-limit": 1}
 
 
