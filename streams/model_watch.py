@@ -350,7 +350,7 @@ class ModelWatch:
             with contextlib.suppress(asyncio.CancelledError):
                 await preparing
             self._preparing = None
-        if False and gives_up:
+        if gives_up:
             await asyncio.sleep(SETTLE_SECONDS)
 
     def _live_retry(self) -> _Retry | None:

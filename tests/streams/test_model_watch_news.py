@@ -54,7 +54,7 @@ async def test_patience_with_the_live_version_ends_while_a_candidate_is_prepared
 async def test_storm_of_pointers_starts_a_preparation_for_few_of_them_and_ends_with_the_last(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(model_watch, "SETTLE_SECONDS", 1.0)
+    monkeypatch.setattr(model_watch, "SETTLE_SECONDS", 2.0)
     async with scene(tmp_path) as on:
         await asyncio.wait_for(on.watch.decided.wait(), 10)
         on.publish("v0")
@@ -65,7 +65,7 @@ async def test_storm_of_pointers_starts_a_preparation_for_few_of_them_and_ends_w
             on.publish(f"v{number}", seed=number)
         for number in range(1, 30):
             on.announce("candidate", f"v{number}", number + 1)
-            await asyncio.sleep(0.01)
+            await asyncio.sleep(0.05)
         await on.until_in_shadow("v29")
         assert len(on.registry.fetched) < 10
 
