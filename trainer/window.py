@@ -111,7 +111,8 @@ class WindowReader:
             # Retention may have removed what is still spooled.
             spooled = self._spool.first_offset(topic, tp.partition, since_ms)
             start = start if spooled is None else min(start, spooled)
-            wanted.append(OffsetRange(topic, tp.partition, min(start, ends[tp]), ends[tp]))
+            found = OffsetRange(topic, tp.partition, min(start, ends[tp]), ends[tp])
+            wanted += without_gone(self._spool, found, begins[tp])
         return wanted
 
     async def _restore(self, ranges: list[OffsetRange]) -> None:
@@ -180,6 +181,23 @@ class WindowReader:
             if item.embedding:
                 self._embeddings[at] = item.embedding
         return refused
+
+
+def without_gone(spool: Spool, wanted: OffsetRange, begin: int) -> list[OffsetRange]:
+    """Return what of a range is spooled or still in Kafka, which begins at ``begin``.
+
+    Retention may have removed records that nobody had spooled: asked for, they would fail every round.
+    """
+    found, at = [], wanted.start
+    for gap in spool.missing(wanted):
+        if gap.start >= begin:
+            break
+        until = min(gap.end, begin)
+        log.warning("records_gone", topic=gap.topic, partition=gap.partition, start=gap.start, end=until)
+        if gap.start > at:
+            found.append(OffsetRange(wanted.topic, wanted.partition, at, gap.start))
+        at = until
+    return [*found, OffsetRange(wanted.topic, wanted.partition, at, wanted.end)]
 
 
 @asynccontextmanager
