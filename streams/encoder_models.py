@@ -156,20 +156,22 @@ class EncoderModels:
         self._news.set()
 
     def _read_pointers(self) -> None:
-        # Older values of a key may stand on the topic until it is compacted: they are no older announcement.
-        unread = {record.key: record for record in self._unread}
-        self._unread = []
-        for record in unread.values():
+        # All of them, in order: the last one of a key may be an old pointer announced again, or nobody's.
+        unread, self._unread = self._unread, []
+        last = {record.key: place for place, record in enumerate(unread)}
+        for place, record in enumerate(unread):
             try:
                 pointer = self._accept(record)
             except BundleError as error:
-                log.warning("pointer_refused", reason=error.reason, detail=error.detail)
-                self._on_refused(error.reason)
+                # Older values of a key may stand on the topic until it is compacted: they are no older announcement.
+                if error.reason != "old-generation" or place == last[record.key]:
+                    log.warning("pointer_refused", reason=error.reason, detail=error.detail)
+                    self._on_refused(error.reason)
                 continue
             except RegistryError as error:
                 log.error("pointer_not_kept", error=str(error))
-                self._unread.append(record)
-                continue
+                self._unread = unread[place:]
+                return
             if pointer is None:
                 self._note_foreign(record)
             elif pointer.is_withdrawal:

@@ -267,6 +267,19 @@ async def test_an_unsigned_pointer_loads_nothing_where_a_key_is_configured(tmp_p
         assert models.rank(one.encoder_id) == 0
 
 
+async def test_an_old_pointer_announced_again_does_not_keep_a_restart_from_the_newest_encoder(stage: Stage) -> None:
+    one, two = stage.delta(1), stage.delta(2)
+    stage.publish("v1", one)
+    stage.publish("v2", two)
+    old, new = stage.pointer("live", "v1"), stage.pointer("live", "v2")
+    async with stage.following(old, new) as models:
+        await until(models, lambda: two.encoder_id in models.encoders)
+    async with stage.following(old, new, old) as models:
+        await until(models, lambda: two.encoder_id in models.encoders)
+        assert models.named() == {BASE, two.encoder_id}
+        assert stage.refusals == ["old-generation"]
+
+
 async def test_a_registry_that_is_away_is_asked_again(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
     one = stage.delta(1)
     stage.publish("v1", one)
