@@ -57,8 +57,8 @@ def debiased(scores: F32, clicks: F32, config: DiversityConfig) -> F32:
     score − τ·ln(1 + clicks): logit adjustment after training (Menon et al. 2021, section 4.1), with an item's share
     of clicks for the prior of its class; constants of a slate drop out.
     """
-    debiased_scores: F32 = scores - np.float32(config.popularity_debias) * np.log1p(np.maximum(clicks, 0))
-    return debiased_scores
+    popularity = np.log1p(np.maximum(clicks, 0))
+    return np.asarray(scores - np.float32(config.popularity_debias) * popularity, np.float32)
 
 
 def diverse(
@@ -121,5 +121,5 @@ def _relevance(scores: F32, usual: Bools) -> F32:
     low = np.where(usual, scores, np.inf).min(axis=1, keepdims=True)
     high = np.where(usual, scores, -np.inf).max(axis=1, keepdims=True)
     some = high > low
-    relevance: F32 = (scores - np.where(some, low, 0)) / np.where(some, high - low, 1)
+    relevance = (scores - np.where(some, low, 0)) / np.where(some, high - low, 1)
     return np.where(usual & some, relevance, 0).astype(np.float32)

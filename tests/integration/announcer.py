@@ -158,7 +158,8 @@ class Announcer:
 
         async def live() -> bool:
             want = {"version": version, "generation": generation}
-            return sum(want.items() <= s["live"].items() for s in (await self.statuses()).values()) >= workers
+            serving = [want.items() <= s["live"].items() for s in (await self.statuses()).values()]
+            return sum(serving) >= workers
 
         await wait_until(live, 60, f"{version} is live on {workers}", every_seconds=0.2)
 
