@@ -309,16 +309,15 @@ def pin(pool: Pool, pinned: I32, refused: Bools, source: int = PINNED) -> None:
         pool.sources[b, places] = source
 
 
-def pinned_first(
-    columns: npt.NDArray[np.int64], counts: npt.NDArray[np.int64], ks: npt.NDArray[np.int64], pool: Pool, pinned: I32
-) -> None:
-    """Move, in place, the pinned rows [B, P] of each pool to the front of its columns [B, K], in their order."""
+def pinned_first(columns: npt.NDArray[np.int64], counts: npt.NDArray[np.int64], pool: Pool, pinned: I32) -> None:
+    """Move, in place, the pinned rows [B, P] of each pool to the front of its columns [B, K], in their order.
+
+    ``counts`` [B]: how many columns count; as many do afterwards.
+    """
     for b, rows in enumerate(pinned.tolist()):
         at = [int(place[0]) for row in rows if row >= 0 and len(place := np.flatnonzero(pool.rows[b] == row))]
         rest = [column for column in columns[b, : counts[b]].tolist() if column not in at]
-        merged = (at + rest)[: min(int(ks[b]), columns.shape[1])]
-        columns[b, : len(merged)] = merged
-        counts[b] = len(merged)
+        columns[b, : counts[b]] = (at + rest)[: counts[b]]
 
 
 def _first_of_each(rows: npt.NDArray[np.int64], sources: I8, gone: Bools, width: int) -> Pool:

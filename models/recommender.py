@@ -261,7 +261,7 @@ class Recommender:
             scores -= is_in(pool.rows, past.unwanted) * UNWANTED_PENALTY
         columns, counts = self._order(scores, pool, ks, plan)
         if pinned is not None:
-            pinned_first(columns, counts, ks, pool, pinned)
+            pinned_first(columns, counts, pool, pinned)
         propensities = self._draw(batch, pool, past, columns, counts)
         if fresh is not None:
             if propensities is None:

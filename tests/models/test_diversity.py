@@ -51,7 +51,8 @@ def test_no_third_item_of_a_category_as_long_as_there_are_others() -> None:
 
 
 def test_items_without_a_category_are_never_too_many() -> None:
-    assert chosen([3, 2, 1], np.zeros((3, 2), np.float32), DiversityConfig(max_per_category=1), 3) == [0, 1, 2]
+    config = DiversityConfig(max_per_category=1)
+    assert chosen([4, 3, 2, 1], np.zeros((4, 2), np.float32), config, 3, [0, 0, 0, 8]) == [0, 1, 2]
 
 
 def test_an_item_put_last_by_a_penalty_stays_last() -> None:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import dataclasses
 import string
 
+import numpy as np
 import pytest
 
-from models.candidates import Quotas
+from models.candidates import FRESH, Quotas, merge
 from models.reason_texts import TEXTS, Language
 from models.reasons import KINDS
 from models.recommender import RecommenderConfig, SlateRequest, SurfaceConfig
 from models.rules import RulesConfig
+from models.trending import Lists
 from tests.models.recommender_world import NOW_MS, World, unit_vector
 
 HOUR_MS = 3_600_000
@@ -54,7 +56,34 @@ def test_trending_items_take_turns_with_popular_ones() -> None:
     assert {"a4", "a5", "a6"} <= set(found["trending"])
 
 
-def test_what_was_clicked_long_ago_is_popular_but_does_not_trend() -> None:
+def test_what_trends_is_what_is_clicked_now_not_what_was_clicked_more_some_hours_ago() -> None:
+    world = World()
+    world.item("then")
+    world.item("now")
+    for _ in range(30):
+        world.act("then", at_ms=NOW_MS - 3 * HOUR_MS)
+    world.popular({"now": 2})
+    lists = Lists.build(world.catalogue, world.counters, NOW_MS)
+    assert [world.catalogue.index.item_id(row) for row in lists.trending] == ["now", "then"]
+
+
+def test_a_source_with_four_times_the_turns_has_four_times_the_candidates() -> None:
+    nothing = np.zeros((1, 4, 0), np.int32)
+    popular, fresh = np.arange(10, dtype=np.int32), np.arange(10, 30, dtype=np.int32)[None]
+    pool = merge(
+        nothing,
+        np.zeros((1, 4), np.bool_),
+        popular,
+        15,
+        lambda rows: np.zeros(rows.shape, np.bool_),
+        Quotas(popular=0.5, fresh=2.0),
+        [(FRESH, fresh, 2.0)],
+    )
+    assert pool.rows[0].tolist() == [0, 10, 11, 12, 13, 1, 14, 15, 16, 17, 2, 18, 19, 20, 21]
+    assert (pool.sources[0] == FRESH).sum() == 12
+
+
+def test_without_a_click_in_months_nothing_trends() -> None:
     world = world_of(Quotas(trending=1.0))
     later = world.slate(now_ms=NOW_MS + 200 * 24 * HOUR_MS)
     assert "trending" not in {item.source for item in later.items}
