@@ -26,13 +26,13 @@ GRACE_SECONDS: Final = 4
 STOP_SECONDS: Final = 20.0
 LOG_LINES: Final = 8
 
-GATE_IMPRESSIONS: Final = 800
+GATE_IMPRESSIONS: Final = 1_200
 GATE_USERS: Final = 20
 GATE_MARGIN_AUC: Final = 0.05
 """Wide: users look at the first films most, so that clicks agree with whoever ordered the slate, the live model."""
 GATE_WORDS: Final = (
-    f"its gate here: {GATE_IMPRESSIONS:,} impressions it has not learned from, AUC not worse by {GATE_MARGIN_AUC}, and "
-    "log loss or AUC better beyond chance"
+    f"its gate here: {GATE_IMPRESSIONS:,} labelled impressions that it has not learned from, AUC not worse by "
+    f"{GATE_MARGIN_AUC}, and log loss or AUC better beyond chance"
 )
 
 
@@ -74,8 +74,8 @@ log_format = "console"
 round_minutes = 0.1
 poll_seconds = 1.0
 window_hours = 1.0
-min_impressions = 800
-min_clicks = 100
+min_impressions = 1500
+min_clicks = 200
 prepare_timeout_seconds = 30.0
 
 [trainer.training]
@@ -84,7 +84,8 @@ projection = true
 residuals = false
 epochs = 6
 batch_impressions = 32
-hidden = [32]
+hidden = [64]
+projection_learning_rate = 1e-4
 held_back_share = 0.15
 calibration_share = 0.15
 

@@ -209,4 +209,7 @@ def _learning(scene: Scene) -> list[str]:
     lines.append(f"                   {GATE_WORDS}")
     for span, ours, popular in statistics.clicks.spans():
         lines.append(f"{span + ' the swap':<18} click rate millstream {ours}, popularity {popular}")
-    return [*lines, "                   (users' rows and the counts learn all the time, with a swap or without)"]
+    return [
+        *lines,
+        "                   (rows and counts learn all the time, swap or not; both halves click less as films wear out)",
+    ]

@@ -8,7 +8,7 @@ from typing import Final
 
 from streams.parent import die_with_parent
 
-NICENESS: Final = 10
+NICENESS: Final = 5
 """Training must not stand before a slate where both share two cores."""
 
 
