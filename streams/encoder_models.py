@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -253,14 +254,18 @@ class EncoderModels:
 
     async def _try(self, pointer: Pointer) -> None:
         key = _key(pointer)
+        # A thread of its own: a fetch that hangs stands before no other one, nor before what else uses threads.
+        executor = ThreadPoolExecutor(1, "encoder-preparation")
         try:
-            known, encoder = await asyncio.to_thread(self._read, pointer)
+            # A time-out is an OSError: asked again like any registry that is not reached.
+            async with asyncio.timeout(self._settings.models.fetch_timeout_seconds):
+                known, encoder = await asyncio.get_running_loop().run_in_executor(executor, self._read, pointer)
         except (RegistryError, OSError) as error:
             retry = self._retries.setdefault(key, _Retry())
             seconds = min(RETRY_MAX_SECONDS, RETRY_SECONDS * 2**retry.attempts)
             retry.attempts += 1
             retry.at = time.monotonic() + seconds
-            log.warning("bundle_unreachable", version=pointer.version, retry_seconds=seconds, error=str(error))
+            log.warning("bundle_unreachable", version=pointer.version, retry_seconds=seconds, error=repr(error))
             return
         except (BundleError, EncoderError) as error:
             reason = error.reason if isinstance(error, BundleError) else "encoder"
@@ -272,6 +277,8 @@ class EncoderModels:
             log.exception("encoder_not_loaded", version=pointer.version)
             self._refuse(key, "unexpected")
             return
+        finally:
+            executor.shutdown(wait=False)
         self._retries.pop(key, None)
         self._known[key] = known
         if encoder is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import threading
 import weakref
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -299,6 +300,30 @@ async def test_a_registry_that_is_away_is_asked_again(stage: Stage, monkeypatch:
         await until(models, lambda: one.encoder_id in models.encoders)
     assert failures < 0
     assert stage.refusals == []
+
+
+async def test_a_fetch_that_hangs_stands_before_no_other_encoder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage = Stage(tmp_path, fetch_timeout_seconds=0.5)
+    one, two = stage.delta(1), stage.delta(2)
+    stage.publish("v1", one)
+    stage.publish("v2", two)
+    free = threading.Event()
+    fetch = Registry.fetch
+
+    def hanging(self: Registry, version: str, into: Path, *, manifest_sha256: str | None = None) -> Path:
+        if version == "v1":
+            free.wait(30)
+        return fetch(self, version, into, manifest_sha256=manifest_sha256)
+
+    monkeypatch.setattr(Registry, "fetch", hanging)
+    try:
+        async with stage.following(stage.pointer("live", "v1"), stage.pointer("candidate", "v2")) as models:
+            await until(models, lambda: two.encoder_id in models.encoders)
+            assert stage.refusals == []
+    finally:
+        free.set()
 
 
 async def test_what_every_bundle_of_an_encoder_brings_needs_no_encoding(stage: Stage) -> None:
