@@ -8,9 +8,9 @@ hour; both arms learn from the same histories (clicks before the first impressio
 `validation` but its users' histories is learned from. Printed: mean AUC over impressions of `validation` of each arm
 and their paired difference, seeds averaged, with a bootstrap interval clustered by user.
 
-``text``: item texts and the 16 items of the row, nothing else. ``all``: the text arms' encoders and projections with
-every live feature (``--unclicked-weight``: impressions that an unclicked item of `validation` stands for, since only
-one of each slate was kept).
+``text``: item texts and the 16 items of the row, nothing else. ``all``: every live feature, on each text arm; the
+log goes through the core again with rows and similarities in that arm's space, as they are after a swap
+(``--unclicked-weight``: impressions that an unclicked item of `validation` stands for: one of each slate was kept).
 """
 
 from __future__ import annotations
@@ -129,7 +129,8 @@ class Data:
     train: LogExamples
     validation: LogExamples
     cache: Path
-    tick_seconds: float = HOUR_SECONDS
+    replay: Callable[[Space, ItemEncodings], tuple[LogExamples, LogExamples]]
+    """The same impressions, to learn from and to judge on, with the state that they have in another space."""
 
 
 @dataclass(slots=True)
@@ -151,17 +152,19 @@ def load(kind: str, path: Path, cache: Path, recipe: Recipe, unclicked_weight: f
     encoder = TextEncoder.load(EncoderConfig(max_tokens=recipe.max_tokens, batch_texts=64, device="auto"))
     space = find_or_compute_space(encoder, cache)
     say(f"{len(texts):,} texts to encode with {encoder.encoder_id}")
-    table = ItemTable(space, encode_items(encoder, texts, OutputCache(cache, CACHE_BYTES)))
     config = LogConfig(
-        tick_seconds=HOUR_SECONDS,
-        count_history=False,
-        unclicked_weight=unclicked_weight,
-        thinned_from_ms=split_ms,
+        tick_seconds=HOUR_SECONDS, count_history=False, unclicked_weight=unclicked_weight, thinned_from_ms=split_ms
     )
-    made = log_examples(reader, catalogue_of(items.values(), table), space.space_id, config)
-    later = np.array([record.time_ms >= split_ms for record in made.records])
-    made.histories = {user: history[-recipe.history_items :] for user, history in made.histories.items()}
-    return Data(encoder, space, texts, made.part(~later), made.part(later), cache)
+
+    def replay(space: Space, encodings: ItemEncodings) -> tuple[LogExamples, LogExamples]:
+        catalogue = catalogue_of(items.values(), ItemTable(space, encodings))
+        made = log_examples(reader, catalogue, space.space_id, config)
+        made.histories = {user: history[-recipe.history_items :] for user, history in made.histories.items()}
+        later = np.array([record.time_ms >= split_ms for record in made.records])
+        return made.part(~later), made.part(later)
+
+    before, after = replay(space, encode_items(encoder, texts, OutputCache(cache, CACHE_BYTES)))
+    return Data(encoder, space, texts, before, after, cache, replay)
 
 
 def _first_impression_ms(reader: LogReader) -> int:
@@ -226,7 +229,6 @@ class Contest:
         self._device = device
         slates = thinned(data.train, recipe.text_unclicked, 1, seed=0)
         self._text_train, self._text_validation = text_only(slates), text_only(data.validation)
-        self._pairs = thinned(data.train, 1, recipe.pairs_per_click, seed=0)
         self._users = np.array([record.user_id for record in data.validation.records])
 
     def run_seed(self, seed: int, with_all: bool) -> dict[tuple[str, Arm], Outcome]:
@@ -265,8 +267,9 @@ class Contest:
         self._say(f"seed {seed}, {arm}, text: AUC {np.nanmean(aucs):.4f}, {note}, {seconds:.0f} s")
         if with_all:
             began = time.perf_counter()
-            whole = self._train_all(made, seed)
-            aucs = self._aucs(whole, encodings, data.validation.records)
+            before, after = data.replay(made.space, encodings)
+            whole = self._train_all(made, before, seed)
+            aucs = self._aucs(whole, encodings, after.records)
             note = f"best epoch {whole.course.best_epoch} of {len(whole.course.epochs)}"
             outcomes["all", arm] = Outcome(aucs, time.perf_counter() - began, note)
             self._say(f"seed {seed}, {arm}, all: AUC {np.nanmean(aucs):.4f}, {note}")
@@ -288,16 +291,17 @@ class Contest:
         chosen = TrainingSet(examples.records, examples.labels, self._data.texts)
         return train(chosen, start, config, new_space_id=name, cache_folder=self._data.cache)
 
-    def _train_all(self, text: Trained, seed: int) -> Trained:
-        """Train a head with all features on top of a text arm, whose encoder and projection stay as they are."""
+    def _train_all(self, text: Trained, examples: LogExamples, seed: int) -> Trained:
+        """Train a head with all features on top of a text arm, whose space stays; ``examples``: as they are in it."""
         data, recipe = self._data, self._recipe
-        first, features = first_scorer(self._pairs, recipe.text, seed, data.space.dim)
+        pairs = thinned(examples, 1, recipe.pairs_per_click, seed=0)
+        first, features = first_scorer(pairs, recipe.text, seed, data.space.dim)
         own = {"feature_mean", "feature_std", "head.features"}
         tensors = {name: (first if name in own else text.scorer).tensors[name] for name in first.tensors}
         tensors["head.features"] = np.zeros_like(tensors["head.features"])
         scorer = CtrScorer(text.scorer.config, tensors)
         start = StartingPoint(text.space, data.encoder, text.delta, scorer, features)
-        return self._train(self._pairs, start, self._settled(recipe.all, seed, "frozen"), f"all-{seed}")
+        return self._train(pairs, start, self._settled(recipe.all, seed, "frozen"), f"all-{seed}")
 
     def encodings(self, delta: EncoderDelta | None) -> ItemEncodings:
         """Return the base encodings of all texts under an encoder, by way of the kept outputs of its frozen layers.
