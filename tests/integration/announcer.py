@@ -159,7 +159,7 @@ class Announcer:
         async def live() -> bool:
             want = {"version": version, "generation": generation}
             serving = [want.items() <= s["live"].items() for s in (await self.statuses()).values()]
-            return sum(serving) >= workers
+            return serving.count(True) >= workers
 
         await wait_until(live, 60, f"{version} is live on {workers}", every_seconds=0.2)
 
