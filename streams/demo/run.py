@@ -211,5 +211,5 @@ def _learning(scene: Scene) -> list[str]:
         lines.append(f"{span + ' the swap':<18} click rate millstream {ours}, popularity {popular}")
     return [
         *lines,
-        "                   (rows and counts learn all the time, swap or not; both halves click less as films wear out)",
+        "                   (rows and counts learn all the time, swap or not; films wear out for both halves)",
     ]
