@@ -272,5 +272,17 @@ def _first(error: BaseException) -> BaseException:
     return error
 
 
+def _run() -> None:
+    """Run the process; never returns: a fetch that hangs in its thread would hold an ordinary exit for as long."""
+    try:
+        code = main()
+    except BaseException:
+        log.exception("encoder_process_failed")
+        code = ExitCode.UNEXPECTED
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    _run()
