@@ -135,8 +135,12 @@ class Round:
         if found is not None:
             return found
         kept = self._config.gate.positive_rate_rounds
-        registry = self._ports.registry
-        rates = [registry.manifest(v).metrics.get("positive_rate", 0.0) for v in registry.versions()[-kept:]]
+        registry, rates = self._ports.registry, list[float]()
+        for version in registry.versions()[-kept:]:
+            try:
+                rates.append(registry.manifest(version).metrics.get("positive_rate", 0.0))
+            except BundleError as error:
+                log.warning("manifest_passed_over", version=version, reason=error.reason)
         return TrainerState(positive_rates=[r for r in rates if r > 0])
 
     def _tidy(self, result: RoundResult) -> None:

@@ -464,6 +464,15 @@ def test_a_lost_state_is_rebuilt_from_roles_and_manifests(world: World) -> None:
     assert len(kept.positive_rates) == 2
 
 
+def test_a_lost_state_is_rebuilt_though_a_manifest_is_of_another_program(world: World) -> None:
+    version = candidate(world)
+    (world.config.data_folder / state.STATE_FILE).unlink()
+    (world.folder / "registry" / "default" / "20200101T000000000Z").mkdir()
+    (world.folder / "registry" / "default" / "20200101T000000000Z" / "manifest.json").write_bytes(b'{"format": 99}')
+    world.impressions(300, shadows=[version])
+    assert "promoted" in world.round().outcomes
+
+
 def test_a_state_that_cannot_be_read_is_started_anew(world: World) -> None:
     candidate(world)
     (world.config.data_folder / state.STATE_FILE).write_bytes(b"{half")
