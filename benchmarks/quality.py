@@ -60,6 +60,8 @@ Progress = Callable[[str], None]
 HOUR_SECONDS: Final = 3_600.0
 FIRST_SCALE: Final = 10.0
 """s of the first scorer: a sampled softmax over 128 items needs sharper logits than a slate."""
+LEG_SEEDS: Final = 1_000
+"""Between the seeds of the legs of one seed: each leg draws batches of its own."""
 CACHE_BYTES: Final = 8 << 30
 
 
@@ -70,13 +72,15 @@ class Recipe:
     max_tokens: int = 32
     history_items: int = 40
     """Latest items of each history that are learned from."""
-    warm: HistoryConfig = field(default_factory=lambda: HistoryConfig(steps=1_000))
+    warm: HistoryConfig = field(default_factory=lambda: HistoryConfig(steps=800))
     """With the encoder frozen, once for both arms of a seed."""
-    history: HistoryConfig = field(default_factory=lambda: HistoryConfig(steps=200, users=24, targets=12))
+    history: HistoryConfig = field(default_factory=lambda: HistoryConfig(steps=600, users=24, targets=12))
     """With the arm's encoder."""
+    legs: int = 2
+    """How often ``history`` is gone through, the rates rising and falling each time."""
     history_rates: TrainingConfig = field(
         default_factory=lambda: TrainingConfig(
-            learning_rate=1e-3, projection_learning_rate=1e-3, encoder_learning_rate=1e-4
+            learning_rate=1e-3, projection_learning_rate=1e-3, encoder_learning_rate=2e-4
         )
     )
     tune_on_impressions: bool = False
@@ -252,8 +256,11 @@ class Contest:
         data, recipe = self._data, self._recipe
         began = time.perf_counter()
         rates = self._settled(recipe.history_rates, seed, arm)
-        start, losses = self._histories(warm, rates, recipe.history, f"history-{arm}-{seed}")
-        self._say(f"seed {seed}, {arm}: histories, loss {_course(losses)}, {time.perf_counter() - began:.0f} s")
+        start = warm
+        for leg in range(recipe.legs):
+            own = rates.model_copy(update={"seed": seed + LEG_SEEDS * leg})
+            start, losses = self._histories(start, own, recipe.history, f"history-{arm}-{seed}-{leg}")
+            self._say(f"seed {seed}, {arm}: histories, loss {_course(losses)}, {time.perf_counter() - began:.0f} s")
         # Also what a training with this encoder frozen finds in the cache.
         encodings = self.encodings(start.delta)
         settled = self._settled(recipe.text, seed, arm if recipe.tune_on_impressions else "frozen")
@@ -377,6 +384,7 @@ def main() -> None:
     parser.add_argument("--unclicked-weight", type=float, default=10.0)
     parser.add_argument("--warm-steps", type=int, help="steps on histories before the encoder is trained")
     parser.add_argument("--history-steps", type=int, help="steps on histories in which it is")
+    parser.add_argument("--legs", type=int, help="how often those steps are gone through")
     parser.add_argument("--tune-on-impressions", action="store_true", help="train the encoder there as well")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
@@ -388,6 +396,8 @@ def main() -> None:
         recipe = replace(recipe, warm=recipe.warm.model_copy(update={"steps": given.warm_steps}))
     if given.history_steps:
         recipe = replace(recipe, history=recipe.history.model_copy(update={"steps": given.history_steps}))
+    if given.legs:
+        recipe = replace(recipe, legs=given.legs)
     began = time.perf_counter()
 
     def say(text: str) -> None:

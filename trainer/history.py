@@ -3,9 +3,9 @@
 Each next item of a history is told apart from items that other users of the same batch acted on, by the same model
 that is served: a softmax over the item and drawn ones (sampled softmax with negatives of the batch, Hidasi et al.
 2016, "Session-based Recommendations with Recurrent Neural Networks", section 3.2). It teaches the item side (projection
-and, if it is to be trained, the encoder), the attention and the similarity; of the live features nothing is known, nor
-of ages, so that their weights stay as they are. Its logits are for ordering only: ``trainer.finetune.train`` on real
-impressions comes after it and calibrates.
+and, if it is to be trained, the encoder), the attention and the similarity; of the live features nothing is known, so
+that their weights stay as they are. Its logits are for ordering only: ``trainer.finetune.train`` on real impressions
+comes after it and calibrates.
 
     start = learn_histories(histories, texts, StartingPoint(space, encoder, scorer=first), TrainingConfig())
     trained = train(TrainingSet(records, labels, texts), start, TrainingConfig())
@@ -136,17 +136,14 @@ class _Learner:
         self._random = np.random.default_rng(config.seed)
         self._device = choose_device(config)
         self._module = CtrModule(scorer.config, scorer.tensors, dropout=config.dropout).to(self._device)
-        # All ages are alike: what is learned of them would only stand in the place of a constant.
-        self._module.get_parameter("attention.decay").requires_grad_(False)
         none, places = np.zeros((0, start.space.dim), np.float32), np.zeros(len(self._items), np.int64)
         self._side = ItemSide(start.space.projection, none, none[:, 0], places, None, config).to(self._device)
         self._layers: SplitEncoder | None = None
         self._base = self._base_source(
             [texts[int(item)] for item in self._items], OutputCache(cache_folder, config.cache_bytes)
         )
-        trained = [p for p in self._module.parameters() if p.requires_grad]
-        matrices = [p for p in trained if p.ndim > 1]
-        others = [p for p in trained if p.ndim <= 1]
+        matrices = [p for p in self._module.parameters() if p.ndim > 1]
+        others = [p for p in self._module.parameters() if p.ndim <= 1]
         groups = [
             {"params": matrices, "lr": config.learning_rate, "weight_decay": config.weight_decay},
             {"params": others, "lr": config.learning_rate, "weight_decay": 0.0},
