@@ -76,7 +76,7 @@ class Recipe:
     """With the encoder frozen, once for both arms of a seed."""
     history: HistoryConfig = field(default_factory=lambda: HistoryConfig(steps=600, users=24, targets=12))
     """With the arm's encoder."""
-    legs: int = 2
+    legs: int = 1
     """How often ``history`` is gone through, the rates rising and falling each time."""
     history_rates: TrainingConfig = field(
         default_factory=lambda: TrainingConfig(
@@ -85,21 +85,20 @@ class Recipe:
     )
     tune_on_impressions: bool = False
     """Whether the arm's encoder is trained on impressions as well, or stays as histories left it."""
-    text_unclicked: int = 4
+    text_unclicked: int = 8
     text: TrainingConfig = field(
         default_factory=lambda: TrainingConfig(
             epochs=4,
-            encoder_interval=8,
-            batch_impressions=256,
+            batch_impressions=128,
             learning_rate=5e-4,
             projection_learning_rate=5e-4,
-            encoder_learning_rate=3e-5,
+            encoder_learning_rate=5e-5,
             cross_entropy_weight=0.0,
             residuals=False,
             positions=0,
             held_back_share=0.08,
             calibration_share=0.04,
-            stop_on="auc",
+            stop_on="loss",
         )
     )
     """On impressions of `train`, each click with ``text_unclicked`` items of its slate."""
