@@ -17,17 +17,19 @@ __all__ = ["KINDS", "LogEvent", "LogReader", "fingerprint", "open_log"]
 KINDS: Final = ("mind", "ebnerd", "movielens", "jsonl")
 
 
-def open_log(kind: str, path: Path) -> LogReader:
-    """Return the reader of the log of this kind at ``path``.
+def open_log(kind: str, *paths: Path) -> LogReader:
+    """Return the reader of the log of this kind at ``paths``: one folder or file, or several parts of one log.
 
     Raises LogFormatError where the kind is unknown or the files are not in its layout.
     """
     if kind == "mind":
-        return MindLog(path)
+        return MindLog(*paths)
     if kind == "ebnerd":
-        return EbnerdLog(path)
+        return EbnerdLog(*paths)
     if kind == "movielens":
-        return MovieLensLog(path)
+        if len(paths) != 1:
+            raise LogFormatError(f"MovieLens is one folder, {len(paths)} are named: name the one with ratings.csv")
+        return MovieLensLog(paths[0])
     if kind == "jsonl":
-        return JsonlLog(path)
+        return JsonlLog(*paths)
     raise LogFormatError(f"unknown kind of log {kind!r}; there are {', '.join(KINDS)}")

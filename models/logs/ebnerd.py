@@ -91,8 +91,9 @@ class EbnerdLog:
 
     kind = "ebnerd"
 
-    def __init__(self, path: Path) -> None:
-        folders = split_folders(path, "behaviors.parquet")
+    def __init__(self, *paths: Path) -> None:
+        """``paths``: one folder as above, or several of one set, read as one log."""
+        folders = list(dict.fromkeys(f for path in paths for f in split_folders(path, "behaviors.parquet")))
         self._behaviors = [folder / "behaviors.parquet" for folder in folders]
         self._histories = [file for folder in folders if (file := find(folder, "history.parquet"))]
         articles = [find(f, "articles.parquet") or find(f.parent, "articles.parquet") for f in folders]

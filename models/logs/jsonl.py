@@ -108,16 +108,16 @@ class JsonlLog:
 
     kind = "jsonl"
 
-    def __init__(self, path: Path) -> None:
-        if path.is_dir():
-            found = {kind: find(path, f"{kind}.jsonl") for kind in RECORD_KINDS}
-            self._files: dict[Path, RecordKind | None] = {file: kind for kind, file in found.items() if file}
-        elif path.is_file():
-            self._files = {path: None}
-        else:
-            raise LogFormatError(f"{path} does not exist")
-        if not self._files:
-            raise LogFormatError(f"{path} has none of items.jsonl, users.jsonl, events.jsonl (plain or .gz)")
+    def __init__(self, *paths: Path) -> None:
+        """``paths``: folders or files, read as one log."""
+        self._files: dict[Path, RecordKind | None] = {}
+        for path in paths:
+            if not path.exists():
+                raise LogFormatError(f"{path} does not exist")
+            found = {kind: find(path, f"{kind}.jsonl") for kind in RECORD_KINDS} if path.is_dir() else {}
+            if path.is_dir() and not any(found.values()):
+                raise LogFormatError(f"{path} has none of items.jsonl, users.jsonl, events.jsonl (plain or .gz)")
+            self._files |= {file: kind for kind, file in found.items() if file} if path.is_dir() else {path: None}
         self.files = tuple(self._files)
         self.skipped: Counter[str] = Counter()
         self._ordered: TimeOrderedLines | None = None

@@ -39,8 +39,9 @@ class MindLog:
 
     kind = "mind"
 
-    def __init__(self, path: Path) -> None:
-        folders = split_folders(path, "behaviors.tsv")
+    def __init__(self, *paths: Path) -> None:
+        """``paths``: one folder as above, or several of one set, read as one log."""
+        folders = list(dict.fromkeys(f for path in paths for f in split_folders(path, "behaviors.tsv")))
         self._behaviors = tuple(file for folder in folders if (file := find(folder, "behaviors.tsv")))
         news = [file for folder in folders if (file := find(folder, "news.tsv") or find(folder.parent, "news.tsv"))]
         self._news = tuple(dict.fromkeys(news))
