@@ -12,6 +12,7 @@ MillstreamError
 ├── RegistryError        the registry cannot be reached (retriable) or holds something else
 ├── TrainingError        a round of training that cannot be done, or whose result is refused
 ├── NoSupportError       a log cannot answer what another policy would have earned
+├── ReplayError          a replay that could say nothing: nothing to score, or nothing to learn from
 ├── BrokerUnavailable    Kafka cannot be reached (retriable)
 ├── DemoError            the demo could not go on
 ├── DeliveryError        a record was not acknowledged by the broker (ends the process)
@@ -97,6 +98,10 @@ class TrainingError(MillstreamError):
 
 class NoSupportError(MillstreamError):
     """A log holds too little of what a policy would choose: no estimate is better than one from luck."""
+
+
+class ReplayError(MillstreamError):
+    """A replay could not say anything; nothing was written. The message says what the log lacks and what to name."""
 
 
 class BrokerUnavailable(MillstreamError):
