@@ -29,12 +29,14 @@ from models.counter_events import (
     Touches,
     counter_touches,
 )
+from models.counters_asof import CountersAsOf
 from models.errors import FencedError
 from models.hashing import hash64
 from models.item_index import UNKNOWN, ItemIndex
 from models.partition_counters import (
     WIDTH,
     Absolute,
+    Added,
     Checkpoint,
     Float64,
     Int32,
@@ -132,14 +134,43 @@ class ItemCounters:
         the counts are a function of the log, and recovery, which reads the log alone, counts them too.
         Raises FencedError, counting nothing, for a partition that is not owned.
         """
-        counters = self._partitions.get(partition)
-        if counters is None or not counters.owned:
-            raise FencedError(f"partition {partition} is not counted here: nothing was changed; take it over first")
+        self._check_owned(partition)
         if not len(batch):
             return 0
         self._keep_in_range(max(batch.times_ms))
+        return len(self._count(partition, batch, self._rows(batch.item_ids)).rows)
+
+    def add_as_of(self, partition: int, batch: TouchBatch, arrivals_ms: Int64) -> CountersAsOf:
+        """Count a batch as ``add`` does and return a reader of the counts as they stood at each place of it.
+
+        ``arrivals_ms`` [len(batch)], not falling: the time from which reads see each event. The event times of the
+        batch may span ``longest_batch_ms``. Raises ValueError where they span more, FencedError as ``add`` does;
+        nothing was counted then.
+        """
+        self._check_owned(partition)
+        if len(batch) and max(batch.times_ms) - min(batch.times_ms) > self.longest_batch_ms:
+            raise ValueError(f"a batch of more than {self.longest_batch_ms} ms was not counted: cut it")
+        if len(batch):
+            self._keep_in_range(max(batch.times_ms))
         rows = self._rows(batch.item_ids)
-        added = counters.add(batch, rows, self._item_hashes(rows))
+        items = np.unique(rows[rows >= 0])
+        before = self._sums[self._safe(items)]
+        added = self._count(partition, batch, rows)
+        return CountersAsOf(self.read_at, self._landmark, items, before, added, arrivals_ms)
+
+    @property
+    def longest_batch_ms(self) -> int:
+        """Return how far apart the event times of a batch of ``add_as_of`` may lie."""
+        return int(RANGE_HALF_LIVES * self._landmark.half_lives_ms[0])
+
+    def _check_owned(self, partition: int) -> None:
+        counters = self._partitions.get(partition)
+        if counters is None or not counters.owned:
+            raise FencedError(f"partition {partition} is not counted here: nothing was changed; take it over first")
+
+    def _count(self, partition: int, batch: TouchBatch, rows: Int32) -> Added:
+        """Count a batch whose items have these rows, and return what was counted."""
+        added = self._partition(partition).add(batch, rows, self._item_hashes(rows))
         if len(added.rows):
             self._grow(int(added.rows.max()) + 1)
             add_scaled(self._sums, added.rows, added.kinds, added.scaled)
@@ -147,7 +178,7 @@ class ItemCounters:
             np.maximum.at(self._ref_ms, added.rows, added.times_ms)
             for kind in range(KINDS):
                 self._grand[kind::KINDS] += added.scaled[added.kinds == kind].sum(axis=0)
-        return len(added.rows)
+        return added
 
     def row_for(self, item_id: str) -> int:
         """Return the row of an item, giving it one; UNKNOWN where ``max_unknown_items`` leaves no room."""

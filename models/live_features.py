@@ -13,7 +13,6 @@ import numpy as np
 import numpy.typing as npt
 
 from models.catalogue import NOT_GIVEN_MS, Catalogue, SpaceVectors
-from models.counters import ItemCounters
 from models.features import F32, RawSlates
 from models.item_index import ItemIndex
 from models.ranking import I32, NO_ROW, Bools, RankingConfig, UserRows, scale_tastes
@@ -33,6 +32,13 @@ class TimedReader(Protocol):
 
     def recent(self, rows: UserRows) -> tuple[UInt64, npt.NDArray[np.uint8], Int64]:
         """Return hashes of recent items [S, R] (0 = none), action codes as models.user_row says, and times (ms)."""
+
+
+class CountsReader(Protocol):
+    """What is read of item counts, each slate at a time of its own; ItemCounters and CountersAsOf are two."""
+
+    def read_at(self, rows: npt.NDArray[np.integer], times_ms: Int64) -> F32:
+        """Return the decayed counts of rows [S, …], each slate at its time [S]: float32 [S, …, 4, kinds]."""
 
 
 class IndexedVectors:
@@ -61,7 +67,7 @@ def raw_from_state(
     item_rows: I32,
     time_ms: Int64,
     catalogue: Catalogue,
-    counters: ItemCounters,
+    counters: CountsReader,
     users: TimedReader,
     ranking: RankingConfig,
     *,

@@ -97,6 +97,8 @@ class Added:
     milli: Int64
     """[n]: weights as they enter the exact totals."""
     times_ms: Int64
+    events: Int64
+    """[n]: place in the batch of the event of each."""
     refused: int
 
 
@@ -209,7 +211,7 @@ class PartitionCounters:
         # Offsets rise within a batch, and of repeated slots NumPy keeps the last.
         self.last_offsets[slots] = offsets
         np.maximum.at(self.ref_ms, slots, times)
-        return Added(rows[kept], kinds, scaled, milli, times, len(batch.item_ids) - len(kept))
+        return Added(rows[kept], kinds, scaled, milli, times, event_of, len(batch.item_ids) - len(kept))
 
     def _admit(self, batch: TouchBatch, rows: Int32, kinds: Int64, item_hashes: UInt64) -> Int64:
         """Return the touches that neither the cap nor a repetition keeps out, as indices; moves the windows on."""
