@@ -12,7 +12,7 @@ import hashlib
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Final
 
@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from models.encoder import TextEncoder
 from models.encoder_delta import LORA_A, LORA_B, EncoderDelta, touched
@@ -193,11 +194,16 @@ def delta_encodings(
     return np.concatenate(cache.fill(f"{delta.encoder_id}/base/{encoder.module.dtype}", texts, compute, on_progress))
 
 
-def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
-    """Return the context in which matrix products run in ``precision``; nothing is changed for float32."""
+@contextmanager
+def autocast(device: torch.device, precision: str) -> Iterator[None]:
+    """Run matrix products in ``precision``; nothing is changed for float32."""
     if precision == "float32":
-        return nullcontext()
-    return torch.autocast(device.type, dtype=getattr(torch, precision))
+        yield
+        return
+    # On a CPU the fused attention's backward pass in bfloat16 costs more than all products together.
+    plain = sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
+    with plain, torch.autocast(device.type, dtype=getattr(torch, precision)):
+        yield
 
 
 class SplitEncoder:
