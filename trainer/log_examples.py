@@ -1,8 +1,7 @@
 """A recorded log through the pure core, without Kafka: what each impression would have told a trainer, and its labels.
 
 Rows by models.user_state, counters by models.counters, state by models.live_features, labels by models.joiner unless
-the log itself says what was clicked. Events are taken tick by tick: an impression sees what happened in strictly
-earlier ticks, never its own tick, so that its click can be in none of its features.
+the log itself says what was clicked. What an impression may know, and when events arrive: trainer/log_state.py.
 
     catalogue = catalogue_of(reader.items(), ItemTable(space, encodings))
     examples = log_examples(reader, catalogue, space.space_id, LogConfig())
@@ -11,38 +10,44 @@ earlier ticks, never its own tick, so that its click can be in none of its featu
 
 from __future__ import annotations
 
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
-from typing import Final
+from typing import Any, Final
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict, Field
 
 from models.catalogue import Catalogue
-from models.counter_events import IMPRESSIONS, CountersConfig, TouchBatch, Touches, counter_touches
-from models.counters import ItemCounters
-from models.events import Action, Event, Impression, Item
-from models.examples import EXTERNAL, MODEL, FeaturesRecord, LabelsRecord, label_values, state_fields
+from models.events import Action, Impression, Item
+from models.examples import EXTERNAL, MODEL, FeaturesRecord, label_values, state_fields
+from models.features import RawSlates
 from models.hashing import hash64, impression_id
 from models.item_index import ItemIndex
-from models.joiner import JoinContext, JoinerConfig, due_labels, join
-from models.live_features import raw_from_state
+from models.joiner import JoinContext
+from models.live_features import CountsReader, raw_from_state
 from models.logs import LogEvent, LogReader
-from models.ranking import RankingConfig
-from models.user_events import UserEvent, UserStateConfig, surface_names, user_event
-from models.user_state import Rows, UserReader, apply, empty_rows
+from models.user_state import UserReader
+from trainer.log_labels import LogLabels
+from trainer.log_state import DEFAULT_SURFACE, EPOCH, PARTITION, LogConfig, LogState, OnReads, Reads, blocks
 from trainer.scoring import ItemTable
 
+__all__ = [
+    "LogConfig",
+    "LogExamples",
+    "OnReads",
+    "Reads",
+    "catalogue_of",
+    "log_examples",
+    "take_items",
+    "thinned",
+]
+
 F32 = npt.NDArray[np.float32]
+Ints = npt.NDArray[np.intp]
 OnProgress = Callable[[int], None]
 
-PARTITION: Final = 0
-EPOCH: Final = 1
-DEFAULT_SURFACE: Final = "default"
 _BY_ITEM: Final = (
     "items",
     "positions",
@@ -54,40 +59,7 @@ _BY_ITEM: Final = (
     "shown_age_seconds",
 )
 _CELLS: Final = 8_192
-"""Impressions of one tick are read in pieces of at most this many places when padded."""
-
-
-class LogConfig(BaseModel):
-    """How a log is read: what an impression may know of the past, and what the log left out."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    tick_seconds: float = Field(
-        0.001,
-        ge=0.001,
-        le=86_400,
-        description="An impression sees what happened in earlier ticks of this length; 3600 where times are hours.",
-    )
-    counter_delay_seconds: float = Field(
-        0.0, ge=0, le=30 * 86_400, description="How much later than it happened an event is seen by the item counters."
-    )
-    unclicked_weight: float = Field(
-        1.0,
-        ge=1,
-        le=1_000,
-        description="Impressions that an unclicked item counts as, where the log kept only a part of those, from "
-        "thinned_from_ms on.",
-    )
-    thinned_from_ms: int | None = Field(
-        None, description="Event time from which the log kept a part of the unclicked items only; None: never."
-    )
-    count_history: bool = Field(
-        True, description="Whether actions of a user's history count; False where their times are made up."
-    )
-    user_state: UserStateConfig = Field(default_factory=lambda: UserStateConfig(), description="Of the rows.")
-    counters: CountersConfig = Field(default_factory=lambda: CountersConfig(), description="Of the item counters.")
-    ranking: RankingConfig = Field(default_factory=lambda: RankingConfig(), description="How tastes are scaled.")
-    joiner: JoinerConfig = Field(default_factory=lambda: JoinerConfig(), description="Where the log has no outcomes.")
+"""Impressions are read in pieces of at most this many places when padded."""
 
 
 @dataclass(slots=True)
@@ -127,19 +99,20 @@ def log_examples(
     space_id: str,
     config: LogConfig | None = None,
     on_progress: OnProgress = lambda events: None,
+    on_reads: OnReads | None = None,
 ) -> LogExamples:
     """Return the examples of a log.
 
     ``catalogue``: items with their vectors in the space ``space_id``; items that it lacks are added to its index.
-    ``on_progress`` is called with the number of events read so far. Raises LogFormatError as the reader does.
+    ``on_progress`` is called with the number of events read so far, ``on_reads`` with the user rows just before
+    impressions, each impression once and in order. Raises LogFormatError as the reader does.
     """
-    replay = _Replay(catalogue, space_id, config or LogConfig())
-    tick_ms = replay.tick_ms
+    config = config or LogConfig()
+    replay = _Replay(catalogue, space_id, config, on_reads)
     events = 0
-    for _, tick in groupby(reader.events(), key=lambda e: e.time_ms // tick_ms):
-        taken = list(tick)
-        replay.take(taken)
-        events += len(taken)
+    for block in blocks(reader.events(), config.block_seconds):
+        replay.take(block)
+        events += len(block)
         on_progress(events)
     return replay.examples()
 
@@ -174,60 +147,40 @@ def take_items(record: FeaturesRecord, places: Sequence[int]) -> FeaturesRecord:
 
 
 class _Replay:
-    """The state of the core while a log goes through it."""
+    """A log on its way through the core."""
 
-    def __init__(self, catalogue: Catalogue, space_id: str, config: LogConfig) -> None:
+    def __init__(self, catalogue: Catalogue, space_id: str, config: LogConfig, on_reads: OnReads | None) -> None:
         self._catalogue, self._space_id, self._config = catalogue, space_id, config
-        self.tick_ms = max(1, round(config.tick_seconds * 1000))
-        self._delay_ms = round(config.counter_delay_seconds * 1000)
-        self._counters = ItemCounters(catalogue.index, config.counters, lambda row: catalogue.item(row) is not None)
-        self._counters.own(PARTITION)
-        self._waiting: deque[tuple[int, Event, int, Touches]] = deque()
-        self._surfaces = surface_names(DEFAULT_SURFACE, (), config.user_state)
-        self._space_hash = hash64(space_id)
-        self._reader = UserReader(config.user_state, catalogue, self._space_hash)
-        self._places: dict[str, int] = {}
-        self._rows: Rows = empty_rows(1_024)
+        self._state = LogState(catalogue, space_id, config, on_reads)
+        self._reader = UserReader(config.user_state, catalogue, self._state.space_hash)
+        join = JoinContext.of(config.joiner, config.user_state, self._state.surfaces)
+        self._labels = LogLabels(join, EPOCH, PARTITION)
         self._offset = 0
         self._clock_ms = 0
-        self._join = JoinContext.of(config.joiner, config.user_state, self._surfaces)
-        self._joins = False
-        self._blocks: dict[str, bytes] = {}
         self._records: list[FeaturesRecord] = []
         self._told: dict[int, F32] = {}
-        self._joined: dict[int, LabelsRecord] = {}
         self._histories: defaultdict[str, list[int]] = defaultdict(list)
 
-    def take(self, tick: Sequence[LogEvent]) -> None:
-        """Take the events of one tick: read the state for its impressions, then let all of them change it."""
-        start_ms = tick[0].time_ms // self.tick_ms * self.tick_ms
-        self._count_until(start_ms - self._delay_ms)
-        offsets = list(range(self._offset, self._offset + len(tick)))
-        self._offset += len(tick)
-        shown = [
-            (event, event.event, offset)
-            for event, offset in zip(tick, offsets, strict=True)
-            if isinstance(event.event, Impression)
-        ]
-        self._record(shown)
-        self._apply(tick, offsets)
-        for event, offset in zip(tick, offsets, strict=True):
-            if event.is_history:
-                self._keep_history(event)
-            if not event.is_history or self._config.count_history:
-                self._waiting.append((event.time_ms, event.event, offset, self._touches(event)))
-        self._clock_ms = max(self._clock_ms, tick[-1].time_ms)
+    def take(self, block: Sequence[LogEvent]) -> None:
+        """Take the next events of the log: read the state for their impressions, let them change it, join them."""
+        hashed = self._state.user_events(block, self._offset)
+        self._offset += len(block)
+        for reads, counts in self._state.take(block, hashed):
+            self._record(reads, counts)
+        self._labels.take(block, hashed)
+        for event in block:
+            if event.is_history and isinstance(event.event, Action):
+                self._histories[event.event.user_id].append(hash64(event.event.item_id))
+        self._clock_ms = max(self._clock_ms, block[-1].time_ms)
 
     def examples(self) -> LogExamples:
         """Return what was made, each impression with its label."""
-        for user, block in self._blocks.items():
-            due, _ = due_labels(block, self._clock_ms, user, self._join)
-            self._joined.update((label.impression_id, label) for label in due)
+        joined = self._labels.labels(self._clock_ms)
         made = LogExamples(histories=dict(self._histories))
         for record in self._records:
             labels = self._told.get(record.impression_id)
-            if labels is None and (joined := self._joined.get(record.impression_id)) is not None:
-                labels = label_values(joined, len(record))
+            if labels is None and (label := joined.get(record.impression_id)) is not None:
+                labels = label_values(label, len(record))
             if labels is None:
                 made.unlabelled += 1
             else:
@@ -235,128 +188,55 @@ class _Replay:
                 made.labels.append(labels)
         return made
 
-    def _keep_history(self, event: LogEvent) -> None:
-        if isinstance(event.event, Action):
-            self._histories[event.event.user_id].append(hash64(event.event.item_id))
+    def _record(self, reads: Reads, counts: CountsReader) -> None:
+        """Make the records of impressions, of about equally long ones together, and keep them in their order."""
+        slates = [_slate(reads.impression(i)) for i in range(len(reads.events))]
+        made: dict[int, FeaturesRecord] = {}
+        for piece in _pieces(np.array([len(slate) for slate in slates], np.intp)):
+            raw = self._raw(reads, [slates[i] for i in piece], np.array(piece, np.intp), counts)
+            for place, i in enumerate(piece):
+                made[i] = self._features(reads, i, slates[i], state_fields(raw, place))
+        for i, event in enumerate(reads.events):
+            self._records.append(made[i])
+            if event.outcome is not None:
+                clicked = set(event.outcome)
+                told = np.array([item in clicked for item in slates[i]], np.float32)
+                self._told[made[i].impression_id] = told
 
-    def _touches(self, event: LogEvent) -> Touches:
-        """Return what an event counts; unclicked items count more where the log kept a part of them."""
-        touches = counter_touches(event.event, self._config.counters)
-        thinned = self._config.thinned_from_ms
-        if event.outcome is None or thinned is None or event.time_ms < thinned:
-            return touches
-        clicked, weight = set(event.outcome), self._config.unclicked_weight
-        weights = [
-            weight if kind == IMPRESSIONS and item not in clicked else 1.0
-            for item, kind in zip(touches.item_ids, touches.kinds, strict=True)
-        ]
-        return Touches(touches.item_ids, touches.kinds, weights)
-
-    def _count_until(self, until_ms: int) -> None:
-        """Count what happened before ``until_ms``."""
-        batch = TouchBatch()
-        while self._waiting and self._waiting[0][0] < until_ms:
-            time_ms, event, offset, touches = self._waiting.popleft()
-            batch.add(offset, time_ms, hash64(event.user_id), hash64(event.event_id), touches)
-        self._counters.add(PARTITION, batch)
-
-    def _rows_of(self, users: Sequence[str]) -> list[int]:
-        for user in users:
-            self._places.setdefault(user, len(self._places))
-        if len(self._places) > len(self._rows):
-            more = empty_rows(max(len(self._places), 2 * len(self._rows)))
-            more[: len(self._rows)] = self._rows
-            self._rows = more
-        return [self._places[user] for user in users]
-
-    def _apply(self, tick: Sequence[LogEvent], offsets: Sequence[int]) -> None:
-        """Change the rows of a tick's users, and join their actions where the log does not tell outcomes."""
-        users = list(dict.fromkeys(event.event.user_id for event in tick))
-        places = self._rows_of(users)
-        local = {user: i for i, user in enumerate(users)}
-        config = self._config.user_state
-        events = [
-            user_event(e.event, local[e.event.user_id], offset, e.time_ms, config, self._surfaces)
-            for e, offset in zip(tick, offsets, strict=True)
-        ]
-        before = self._rows[places]
-        self._rows[places], outcomes = apply(
-            before,
-            events,
+    def _raw(self, reads: Reads, slates: Sequence[_Slate], at: Ints, counts: CountsReader) -> RawSlates:
+        sizes = np.array([len(slate) for slate in slates])
+        valid = np.arange(sizes.max()) < sizes[:, None]
+        items, item_rows = np.zeros(valid.shape, np.uint64), np.full(valid.shape, -1, np.int32)
+        flat = [item for slate in slates for item in slate]
+        items[valid] = [hash64(item) for item in flat]
+        # Also those that no record names, and that have a row only since they were counted.
+        item_rows[valid] = self._catalogue.index.rows(flat)
+        raw = raw_from_state(
+            reads.rows[at],
+            item_rows,
+            reads.times_ms[at],
             self._catalogue,
-            config,
-            epoch=EPOCH,
-            space_id=self._space_hash,
-            generation=0,
-            surfaces=self._surfaces,
+            counts,
+            self._reader,
+            self._config.ranking,
+            valid=valid,
+            items=items,
         )
-        # A log that tells outcomes needs no joiner; actions before its first impression have nothing to belong to.
-        self._joins |= any(isinstance(e.event, Impression) and e.outcome is None for e in tick)
-        joined: defaultdict[str, list[int]] = defaultdict(list)
-        for i, event in enumerate(tick if self._joins else ()):
-            if not event.is_history and event.outcome is None:
-                joined[event.event.user_id].append(i)
-        for user, own in joined.items():
-            clock_ms = int(before["last_time_ms"][local[user]])
-            self._join_user(user, [events[i] for i in own], [int(outcomes[i]) for i in own], clock_ms)
+        raw.positions[valid] = [position for slate in slates for position, _ in slate.values()]
+        return raw
 
-    def _join_user(self, user: str, events: Sequence[UserEvent], outcomes: Sequence[int], clock_ms: int) -> None:
-        block = self._blocks.get(user, b"")
-        made = join(block, events, outcomes, clock_ms, self._join, user_id=user, epoch=EPOCH, partition=PARTITION)
-        self._joined.update((label.impression_id, label) for label in made.labels)
-        if made.block:
-            self._blocks[user] = made.block
-        else:
-            self._blocks.pop(user, None)
-
-    def _record(self, shown: list[tuple[LogEvent, Impression, int]]) -> None:
-        """Make the records of a tick's impressions from the state as it is now."""
-        for piece in _pieces(shown):
-            slates = [list(dict.fromkeys(item.item_id for item in impression.items)) for _, impression, _ in piece]
-            sizes = np.array([len(slate) for slate in slates])
-            valid = np.arange(sizes.max()) < sizes[:, None]
-            items, item_rows = np.zeros(valid.shape, np.uint64), np.full(valid.shape, -1, np.int32)
-            flat = [item for slate in slates for item in slate]
-            items[valid] = [hash64(item) for item in flat]
-            item_rows[valid] = self._catalogue.index.rows(flat)
-            places = self._rows_of([impression.user_id for _, impression, _ in piece])
-            rows = self._rows[places]
-            times_ms = np.array([event.time_ms for event, _, _ in piece], np.int64)
-            raw = raw_from_state(
-                rows,
-                item_rows,
-                times_ms,
-                self._catalogue,
-                self._counters,
-                self._reader,
-                self._config.ranking,
-                valid=valid,
-                items=items,
-            )
-            for i, (event, impression, offset) in enumerate(piece):
-                positions = {shown.item_id: shown.position or 0 for shown in reversed(impression.items)}
-                raw.positions[i, : len(slates[i])] = [positions[item] for item in slates[i]]
-                self._records.append(self._features(event, impression, offset, state_fields(raw, i)))
-                if event.outcome is not None:
-                    clicked = set(event.outcome)
-                    told = np.array([item in clicked for item in slates[i]], np.float32)
-                    self._told[self._records[-1].impression_id] = told
-
-    def _features(
-        self, event: LogEvent, impression: Impression, offset: int, state: dict[str, bytes | tuple[int, int, int]]
-    ) -> FeaturesRecord:
-        propensities = {item.item_id: item.propensity for item in reversed(impression.items)}
-        given = any(p is not None for p in propensities.values())
-        order = dict.fromkeys(item.item_id for item in impression.items)
-        values = [np.nan if (p := propensities[item]) is None else p for item in order] if given else []
+    def _features(self, reads: Reads, at: int, slate: _Slate, state: dict[str, Any]) -> FeaturesRecord:
+        impression, offset, time_ms = reads.impression(at), reads.offsets[at], reads.events[at].time_ms
+        given = any(propensity is not None for _, propensity in slate.values())
+        values = [np.nan if p is None else p for _, p in slate.values()] if given else []
         return FeaturesRecord(
             impression_id=impression_id(EPOCH, PARTITION, offset),
             user_id=impression.user_id,
             partition=PARTITION,
             offset=offset,
-            time_ms=event.time_ms,
-            broker_ms=event.time_ms,
-            processed_ms=event.time_ms,
+            time_ms=time_ms,
+            broker_ms=time_ms,
+            processed_ms=time_ms,
             flags=0,
             surface=impression.surface or DEFAULT_SURFACE,
             request_id=impression.request_id,
@@ -368,19 +248,28 @@ class _Replay:
             propensities=np.array(values, "<f4").tobytes(),
             scores=[],
             model_version="",
-            **state,  # type: ignore[arg-type]
+            **state,
         )
 
 
-def _pieces(shown: list[tuple[LogEvent, Impression, int]]) -> Iterator[list[tuple[LogEvent, Impression, int]]]:
-    """Cut the impressions of a tick, in their order, so that none is padded to too much."""
-    piece: list[tuple[LogEvent, Impression, int]] = []
-    longest = 0
-    for one in shown:
-        longest = max(longest, len(one[1].items))
-        if piece and (len(piece) + 1) * longest > _CELLS:
+_Slate = dict[str, tuple[int, float | None]]
+"""Items of an impression, each once, with position (0: not known) and propensity of the first mention."""
+
+
+def _slate(impression: Impression) -> _Slate:
+    slate: _Slate = {}
+    for item in impression.items:
+        slate.setdefault(item.item_id, (item.position or 0, item.propensity))
+    return slate
+
+
+def _pieces(sizes: Ints) -> Iterator[list[int]]:
+    """Cut impressions, shortest first, into pieces of which none is padded to too much."""
+    piece: list[int] = []
+    for i in np.argsort(sizes, kind="stable").tolist():
+        if piece and (len(piece) + 1) * int(sizes[i]) > _CELLS:
             yield piece
-            piece, longest = [], len(one[1].items)
-        piece.append(one)
+            piece = []
+        piece.append(i)
     if piece:
         yield piece

@@ -129,17 +129,19 @@ def test_an_impression_at_the_very_time_of_another_does_not_see_it() -> None:
     assert count(made.records[1], "a", IMPRESSIONS) == 0
 
 
-def test_a_delay_holds_counters_back_and_not_the_user_row() -> None:
+def test_a_delay_holds_back_counters_and_the_user_row_alike() -> None:
     log = (
         impression(HOUR, "u", "ab", "a"),
         click(HOUR + 1_000, "u", "a"),
         impression(HOUR + 60_000, "u", "ac", ""),
         impression(3 * HOUR, "u", "ac", ""),
     )
-    made = examples(*log, config=LogConfig(counter_delay_seconds=3_600))
+    made = examples(*log, config=LogConfig(feedback_delay_seconds=3_600))
     assert count(made.records[1], "a", CLICKS) == 0
-    assert recent(made.records[1]) == [hash64("a")]
+    assert recent(made.records[1]) == []
+    assert made.records[1].user_counts == (0, 0, 0)
     assert count(made.records[2], "a", CLICKS) == pytest.approx(1, rel=0.1)
+    assert recent(made.records[2]) == [hash64("a")]
 
 
 def test_an_unclicked_item_counts_for_those_that_the_log_left_out() -> None:
@@ -156,8 +158,8 @@ def test_an_unclicked_item_counts_for_those_that_the_log_left_out() -> None:
 
 def test_history_moves_the_row_and_the_counters_only_where_its_times_are_real() -> None:
     log = (click(HOUR, "u", "c", is_history=True), impression(2 * HOUR, "u", "ac", ""))
-    counted = examples(*log)
-    left_out = examples(*log, config=LogConfig(count_history=False))
+    counted = examples(*log, config=LogConfig(count_history=True))
+    left_out = examples(*log)
     assert counted.histories == left_out.histories == {"u": [hash64("c")]}
     assert count(counted.records[0], "c", CLICKS) == pytest.approx(1, rel=0.1)
     assert count(left_out.records[0], "c", CLICKS) == 0
