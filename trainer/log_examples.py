@@ -11,7 +11,7 @@ the log itself says what was clicked. What an impression may know, and when even
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -100,17 +100,19 @@ def log_examples(
     config: LogConfig | None = None,
     on_progress: OnProgress = lambda events: None,
     on_reads: OnReads | None = None,
+    cut_at: Container[int] = (),
 ) -> LogExamples:
     """Return the examples of a log.
 
     ``catalogue``: items with their vectors in the space ``space_id``; items that it lacks are added to its index.
     ``on_progress`` is called with the number of events read so far, ``on_reads`` with the user rows just before
-    impressions, each impression once and in order. Raises LogFormatError as the reader does.
+    impressions, each impression once and in order; for those whose place in the log is in ``cut_at`` it is given the
+    counters as they are then. Raises LogFormatError as the reader does.
     """
     config = config or LogConfig()
     replay = _Replay(catalogue, space_id, config, on_reads)
     events = 0
-    for block in blocks(reader.events(), config.block_seconds):
+    for block in blocks(reader.events(), config.block_seconds, cut_at):
         replay.take(block)
         events += len(block)
         on_progress(events)

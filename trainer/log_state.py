@@ -11,7 +11,7 @@ users together. Counters: ``ItemCounters.add_as_of`` counts a block's arrivals o
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final, cast
 
@@ -131,13 +131,14 @@ class _Arrival:
     """None: the counters do not take it."""
 
 
-def blocks(events: Iterator[LogEvent], seconds: float) -> Iterator[list[LogEvent]]:
-    """Cut events into blocks, none longer than ``seconds`` of event time."""
+def blocks(events: Iterator[LogEvent], seconds: float, cut_at: Container[int] = ()) -> Iterator[list[LogEvent]]:
+    """Cut events into blocks, none longer than ``seconds`` of event time; those at the places ``cut_at`` begin one."""
     block: list[LogEvent] = []
     impressions = 0
-    for event in events:
+    for place, event in enumerate(events):
         if block and (
-            len(block) >= BLOCK_EVENTS
+            place in cut_at
+            or len(block) >= BLOCK_EVENTS
             or impressions >= BLOCK_IMPRESSIONS
             or event.time_ms - block[0].time_ms > seconds * 1_000
         ):
@@ -302,7 +303,7 @@ def waves(users: Ints, seen: Ints) -> Iterator[tuple[Ints, Ints]]:
     begins[1:] = same[1:] & is_read[1:] & ~is_read[:-1]
     begun = np.cumsum(begins)
     first = np.flatnonzero(~same)
-    wave = begun - np.repeat(begun[first], np.diff(np.append(first, operations)))
+    wave: Ints = begun - np.repeat(begun[first], np.diff(np.append(first, operations)))
     by_wave = np.lexsort((order, wave))
     bounds = np.searchsorted(wave[by_wave], np.arange(int(wave.max(initial=-1)) + 2))
     for begin, end in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
