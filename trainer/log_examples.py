@@ -110,7 +110,7 @@ def log_examples(
     counters as they are then. Raises LogFormatError as the reader does.
     """
     config = config or LogConfig()
-    replay = _Replay(catalogue, space_id, config, on_reads)
+    replay = _Replay(catalogue, space_id, config, on_reads, cut_at)
     events = 0
     for block in blocks(reader.events(), config.block_seconds, cut_at):
         replay.take(block)
@@ -151,9 +151,16 @@ def take_items(record: FeaturesRecord, places: Sequence[int]) -> FeaturesRecord:
 class _Replay:
     """A log on its way through the core."""
 
-    def __init__(self, catalogue: Catalogue, space_id: str, config: LogConfig, on_reads: OnReads | None) -> None:
+    def __init__(
+        self,
+        catalogue: Catalogue,
+        space_id: str,
+        config: LogConfig,
+        on_reads: OnReads | None,
+        cut_at: Container[int],
+    ) -> None:
         self._catalogue, self._space_id, self._config = catalogue, space_id, config
-        self._state = LogState(catalogue, space_id, config, on_reads)
+        self._state = LogState(catalogue, space_id, config, on_reads, cut_at)
         self._reader = UserReader(config.user_state, catalogue, self._state.space_hash)
         join = JoinContext.of(config.joiner, config.user_state, self._state.surfaces)
         self._labels = LogLabels(join, EPOCH, PARTITION)

@@ -11,7 +11,7 @@ users together. Counters: ``ItemCounters.add_as_of`` counts a block's arrivals o
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Collection, Container, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final, cast
 
@@ -106,8 +106,8 @@ class Reads:
     rows: Rows
     """[S], the users' rows as they stood at that time."""
     counters: ItemCounters
-    """As they stood at the beginning of the stretch: never newer than the impression, older by ``block_seconds`` and a
-    tick at most. Counted on once on_reads returns."""
+    """As they stood at the beginning of the stretch: exact for an impression that it was cut at, else never newer, and
+    older by ``block_seconds`` and a tick at most. Counted on once on_reads returns."""
     catalogue: Catalogue
 
     def impression(self, at: int) -> Impression:
@@ -153,8 +153,15 @@ def blocks(events: Iterator[LogEvent], seconds: float, cut_at: Container[int] = 
 class LogState:
     """Rows and counters of a log; all events come in the order of event time."""
 
-    def __init__(self, catalogue: Catalogue, space_id: str, config: LogConfig, on_reads: OnReads | None = None) -> None:
-        self._catalogue, self._config, self._on_reads = catalogue, config, on_reads
+    def __init__(
+        self,
+        catalogue: Catalogue,
+        space_id: str,
+        config: LogConfig,
+        on_reads: OnReads | None = None,
+        cut_at: Container[int] = (),
+    ) -> None:
+        self._catalogue, self._config, self._on_reads, self._cut_at = catalogue, config, on_reads, cut_at
         self._tick_ms = max(1, round(config.tick_seconds * 1_000))
         self._delay_ms = round(config.feedback_delay_seconds * 1_000)
         self.counters = ItemCounters(catalogue.index, config.counters, lambda row: catalogue.item(row) is not None)
@@ -187,14 +194,13 @@ class LogState:
         shown = [i for i, event in enumerate(events) if isinstance(event.event, Impression)]
         times_ms = np.array([events[i].time_ms for i in shown], np.int64)
         seen = np.searchsorted([a.arrives_ms for a in due], times_ms, side="right")
-        for begin, end in self._stretches(due, seen):
-            # What has seen nothing of the block comes first and alone: the landmark may be far from it afterwards.
-            mine = np.flatnonzero((seen > begin) & (seen <= end)) if end else np.flatnonzero(seen == 0)
-            chosen = [events[shown[i]] for i in mine]
-            offsets = [hashed[shown[i]].offset for i in mine]
+        cuts = {0, *(int(seen[n]) for n, i in enumerate(shown) if hashed[i].offset in self._cut_at)}
+        for begin, end, reading in self._stretches(due, seen, cuts):
+            chosen = [events[i] for i in shown[reading]]
+            offsets = [hashed[i].offset for i in shown[reading]]
             arrivals = due[begin:end]
-            rows = self._through_rows(chosen, arrivals, seen[mine] - begin)
-            reads = Reads(chosen, offsets, times_ms[mine], rows, self.counters, self._catalogue)
+            rows = self._through_rows(chosen, arrivals, seen[reading] - begin)
+            reads = Reads(chosen, offsets, times_ms[reading], rows, self.counters, self._catalogue)
             if self._on_reads and chosen:
                 self._on_reads(reads)
             counts = self._count(arrivals)
@@ -231,16 +237,31 @@ class LogState:
         ]
         return Touches(touches.item_ids, touches.kinds, weights)
 
-    def _stretches(self, due: Sequence[_Arrival], seen: Ints) -> Iterator[tuple[int, int]]:
-        """Yield bounds among the arrivals, first (0, 0), so that the counters can take each stretch at once."""
-        yield 0, 0
-        begin = 0
+    def _stretches(
+        self, due: Sequence[_Arrival], seen: Ints, cuts: Collection[int]
+    ) -> Iterator[tuple[int, int, slice]]:
+        """Yield bounds among the arrivals, and which reads see at least one of these and none that follow.
+
+        None spans more than the counters can take at once. What sees just the first n arrivals, n being among
+        ``cuts``, stands alone, without arrivals. 0 is always among them: the block may move the landmark far away.
+        """
+        bounds, begin = {0, len(due), *cuts}, 0
         for i, arrival in enumerate(due):
-            if arrival.event.time_ms - due[begin].event.time_ms > self.counters.longest_batch_ms:
-                yield begin, i
+            if i in bounds:
                 begin = i
-        if due:
-            yield begin, len(due)
+            elif arrival.event.time_ms - due[begin].event.time_ms > self.counters.longest_batch_ms:
+                bounds.add(i)
+                begin = i
+        begin = done = 0
+        for end in sorted(bounds):
+            if end > begin:
+                read = int(np.searchsorted(seen, end, side="left" if end in cuts else "right"))
+                yield begin, end, slice(done, read)
+                begin, done = end, read
+            if end in cuts:
+                read = int(np.searchsorted(seen, end, side="right"))
+                yield end, end, slice(done, read)
+                done = read
 
     def _count(self, arrivals: Sequence[_Arrival]) -> CountsReader:
         batch, arrivals_ms = TouchBatch(), []
@@ -309,4 +330,4 @@ def waves(users: Ints, seen: Ints) -> Iterator[tuple[Ints, Ints]]:
     for begin, end in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
         members = order[by_wave[begin:end]]
         now_read = int((members < reads).sum())
-        yield cast(Ints, members[:now_read]), cast(Ints, members[now_read:])
+        yield members[:now_read], members[now_read:]
