@@ -6,7 +6,7 @@ survey = survey_log(source.open(), source.open_scored(), 0.3)
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -163,6 +163,19 @@ def survey_log(
     made = survey.result(score_share)
     on_events(made.events)
     return made
+
+
+def acted_on(reader: LogReader, of_history: int) -> set[int]:
+    """Return hash64 of the items that users acted on; of a history its last ``of_history`` entries."""
+    items: set[str] = set()
+    histories: defaultdict[str, deque[str]] = defaultdict(lambda: deque(maxlen=of_history))
+    for event in reader.events():
+        if isinstance(event.event, Action):
+            if event.is_history:
+                histories[event.event.user_id].append(event.event.item_id)
+            else:
+                items.add(event.event.item_id)
+    return {hash64(item) for item in items.union(*histories.values())}
 
 
 def _impression_ids(reader: LogReader) -> set[int]:

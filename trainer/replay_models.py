@@ -128,10 +128,13 @@ class Learner:
         keep = np.ones(len(early), np.bool_)
         keep[np.flatnonzero(early)[:left_out]] = False
         self._examples = examples.part(keep)
+        self.known_at_start = 0
+        """Impressions that ``first`` learned from."""
 
     def first(self) -> Trained:
         """Return the model of the start. Raises ReplayError where there is too little to learn from."""
         known = self._known(self._schedule.start_ms)
+        self.known_at_start = len(known.records)
         if len(known.records) < LEAST_IMPRESSIONS:
             raise ReplayError(
                 f"{len(known.records)} impressions have a label that was closed and had arrived when the scored part "
