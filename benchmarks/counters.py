@@ -40,9 +40,10 @@ def world() -> ItemCounters:
     rng = np.random.default_rng(1)
     for partition in range(PARTITIONS):
         totals = rng.integers(1, 1_000, (ITEMS, 3))
-        values = np.repeat(totals[:, None, :] / 10.0, 4, axis=1)
+        values = np.repeat(np.pad(totals, ((0, 0), (0, 1)))[:, None, :] / 10.0, 4, axis=1)
         last = np.full(ITEMS, -1, np.int64)
-        counters.replace(partition, Absolute(rows, values, totals, last, np.full(ITEMS, START_MS)))
+        times = np.full(ITEMS, START_MS)
+        counters.replace(partition, Absolute(rows, values, totals, last, times, times))
         counters.own(partition)
     return counters
 

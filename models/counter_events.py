@@ -14,8 +14,12 @@ from models.hashing import hash64
 IMPRESSIONS: Final = 0
 CLICKS: Final = 1
 ACTIONS: Final = 2
-"""Kinds, the last axis of every counter array; ACTIONS counts weights, the others ones."""
-KINDS: Final = 3
+EXPECTED: Final = 3
+"""Kinds, the last axis of every array of decayed counts. ACTIONS counts weights; EXPECTED counts, for each impression,
+its item's share of its slate: one of n items is expected to take 1 / n of the slate's clicks. The others count ones."""
+KINDS: Final = 4
+TOUCHED: Final = 3
+"""The first kinds are what events touch and exact totals hold; EXPECTED follows from the impressions."""
 HALF_LIVES: Final = 4
 WEIGHT_UNIT: Final = 1_000
 """Exact totals are integers; that of ACTIONS is in thousandths of a weight."""
@@ -89,7 +93,7 @@ class CountersConfig(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class Touches:
-    """The counts that one event adds; three lists side by side, an item at most once per kind."""
+    """The counts that one event adds; three lists side by side, an item at most once per kind; never EXPECTED."""
 
     item_ids: Sequence[str]
     kinds: Sequence[int]

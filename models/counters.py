@@ -5,7 +5,7 @@ those that this process owns count events, the others are replaced by what their
 counted, and why the counts are a function of the partition's log alone, stands in ``models/partition_counters.py``.
 
 Array legend: rows are ItemIndex rows; the last two axes are half-lives (4, rising) and kinds (IMPRESSIONS, CLICKS,
-ACTIONS).
+ACTIONS, EXPECTED); exact totals have the first three.
 """
 
 from __future__ import annotations
@@ -19,10 +19,12 @@ import numpy.typing as npt
 from models.counter_events import (
     ACTIONS,
     CLICKS,
+    EXPECTED,
     HALF_LIVES,
     IMPRESSIONS,
     KINDS,
     NO_TOUCHES,
+    TOUCHED,
     WEIGHT_UNIT,
     CountersConfig,
     TouchBatch,
@@ -34,6 +36,7 @@ from models.errors import FencedError
 from models.hashing import hash64
 from models.item_index import UNKNOWN, ItemIndex
 from models.partition_counters import (
+    NEVER_MS,
     WIDTH,
     Absolute,
     Added,
@@ -46,15 +49,19 @@ from models.partition_counters import (
     UInt64,
     add_scaled,
     grown,
+    seconds_since,
 )
 
 __all__ = [
     "ACTIONS",
     "CLICKS",
+    "EXPECTED",
     "HALF_LIVES",
     "IMPRESSIONS",
     "KINDS",
+    "NEVER_MS",
     "NO_TOUCHES",
+    "TOUCHED",
     "WEIGHT_UNIT",
     "Absolute",
     "Checkpoint",
@@ -95,8 +102,9 @@ class ItemCounters:
         self._hashes: UInt64 = np.zeros(0, np.uint64)
         self._hashed = 0
         self._sums: Float64 = np.zeros((1, WIDTH))
-        self._totals: Int64 = np.zeros((1, KINDS), np.int64)
+        self._totals: Int64 = np.zeros((1, TOUCHED), np.int64)
         self._ref_ms: Int64 = np.zeros(1, np.int64)
+        self._first_ms: Int64 = np.full(1, NEVER_MS, np.int64)
         self._grand: Float64 = np.zeros(WIDTH)
 
     # Ownership
@@ -138,7 +146,7 @@ class ItemCounters:
         if not len(batch):
             return 0
         self._keep_in_range(max(batch.times_ms))
-        return len(self._count(partition, batch, self._rows(batch.item_ids)).rows)
+        return len(self._count(partition, batch, self._rows(batch.item_ids)).milli)
 
     def add_as_of(self, partition: int, batch: TouchBatch, arrivals_ms: Int64) -> CountersAsOf:
         """Count a batch as ``add`` does and return a reader of the counts as they stood at each place of it.
@@ -154,9 +162,9 @@ class ItemCounters:
             self._keep_in_range(max(batch.times_ms))
         rows = self._rows(batch.item_ids)
         items = np.unique(rows[rows >= 0])
-        before = self._sums[self._safe(items)]
+        before, first_ms = self._sums[self._safe(items)], self._first_ms[self._safe(items)]
         added = self._count(partition, batch, rows)
-        return CountersAsOf(self.read_at, self._landmark, items, before, added, arrivals_ms)
+        return CountersAsOf(self, self._landmark, items, before, first_ms, added, arrivals_ms)
 
     @property
     def longest_batch_ms(self) -> int:
@@ -174,8 +182,12 @@ class ItemCounters:
         if len(added.rows):
             self._grow(int(added.rows.max()) + 1)
             add_scaled(self._sums, added.rows, added.kinds, added.scaled)
-            np.add.at(self._totals.reshape(-1), added.rows.astype(np.int64) * KINDS + added.kinds, added.milli)
+            touched = len(added.milli)
+            flat = added.rows[:touched].astype(np.int64) * TOUCHED + added.kinds[:touched]
+            np.add.at(self._totals.reshape(-1), flat, added.milli)
             np.maximum.at(self._ref_ms, added.rows, added.times_ms)
+            shown = added.kinds == IMPRESSIONS
+            np.minimum.at(self._first_ms, added.rows[shown], added.times_ms[shown])
             for kind in range(KINDS):
                 self._grand[kind::KINDS] += added.scaled[added.kinds == kind].sum(axis=0)
         return added
@@ -213,6 +225,7 @@ class ItemCounters:
         self._sums[rows] += change
         self._totals[rows] += totals_change
         self._ref_ms[rows] = np.maximum(self._ref_ms[rows], state.ref_ms[taken])
+        self._first_ms[rows] = np.minimum(self._first_ms[rows], state.first_ms[taken])
         self._grand += change.sum(axis=0)
 
     # Publication
@@ -248,7 +261,7 @@ class ItemCounters:
     # Reading
 
     def read(self, rows: npt.NDArray[np.integer], now_ms: int) -> Float32:
-        """Return the decayed counts at ``now_ms``, float32 [..., 4, 3] for rows of any shape.
+        """Return the decayed counts at ``now_ms``, float32 [..., 4, kinds] for rows of any shape.
 
         Zeros for UNKNOWN and for items without counts. An event that lies after ``now_ms`` counts whole, never more.
         """
@@ -274,6 +287,14 @@ class ItemCounters:
     def last_offsets(self, partition: int, rows: npt.NDArray[np.integer]) -> Int64:
         """Return the last offset of a partition that the counts of rows [n] contain, int64 [n]; -1: none."""
         return self._partition(partition).contained(rows)
+
+    def first_seen_seconds(self, rows: npt.NDArray[np.integer], times_ms: Int64) -> Float32:
+        """Return for rows [S, …] the time since the first impression of each, at its slate's time int64 [S].
+
+        float32 [S, …] seconds, NaN for an item without impressions; 0 where the first one lies after the time.
+        """
+        first_ms = self._first_ms[self._safe(rows)]
+        return seconds_since(first_ms, times_ms.reshape(-1, *[1] * (first_ms.ndim - 1)))
 
     def totals(self, rows: npt.NDArray[np.integer]) -> Float64:
         """Return the undecayed totals, float64 [..., 3]: impressions and clicks exact, weighted actions to 0.001."""
@@ -382,6 +403,7 @@ class ItemCounters:
         self._sums = grown(self._sums, rows + 1, 0)
         self._totals = grown(self._totals, rows + 1, 0)
         self._ref_ms = grown(self._ref_ms, rows + 1, 0)
+        self._first_ms = grown(self._first_ms, rows + 1, NEVER_MS)
 
     def _keep_in_range(self, time_ms: int) -> None:
         """Move the landmark where an event is far after it, and sum anew, which also ends any drift."""

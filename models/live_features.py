@@ -40,6 +40,9 @@ class CountsReader(Protocol):
     def read_at(self, rows: npt.NDArray[np.integer], times_ms: Int64) -> F32:
         """Return the decayed counts of rows [S, …], each slate at its time [S]: float32 [S, …, 4, kinds]."""
 
+    def first_seen_seconds(self, rows: npt.NDArray[np.integer], times_ms: Int64) -> F32:
+        """Return the time since the first impression of rows [S, …], each slate at its time [S], NaN = none."""
+
 
 class IndexedVectors:
     """The vectors of one space, found by hash: what rows are read with in a space that the catalogue does not use."""

@@ -38,7 +38,17 @@ from typing import Final, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from models.counter_events import HALF_LIVES, KINDS, WEIGHT_UNIT, CountersConfig, TouchBatch
+from models.counter_events import (
+    ACTIONS,
+    EXPECTED,
+    HALF_LIVES,
+    IMPRESSIONS,
+    KINDS,
+    TOUCHED,
+    WEIGHT_UNIT,
+    CountersConfig,
+    TouchBatch,
+)
 
 Float64 = npt.NDArray[np.float64]
 Int64 = npt.NDArray[np.int64]
@@ -49,6 +59,8 @@ Scalar = TypeVar("Scalar", bound=np.generic)
 
 CELLS: Final = 1 << 20
 WIDTH: Final = HALF_LIVES * KINDS
+NEVER_MS: Final = 2**62
+"""Time of the first impression of an item that had none."""
 MAX_EXPONENT: Final = 1_000.0
 """Greatest power of two that a weight may have: beyond 2^1023 a float overflows."""
 _KIND_OFFSETS: Final = np.arange(HALF_LIVES, dtype=np.int64) * KINDS
@@ -95,7 +107,7 @@ class Added:
     scaled: Float64
     """[n, 4]: weights at the landmark."""
     milli: Int64
-    """[n]: weights as they enter the exact totals."""
+    """[m], m ≤ n: weights of the first ones as they enter the exact totals; EXPECTED stands behind them."""
     times_ms: Int64
     events: Int64
     """[n]: place in the batch of the event of each."""
@@ -108,12 +120,14 @@ class Absolute:
 
     rows: Int32
     values: Float64
-    """[n, 4, 3], decayed to ``ref_ms`` of each item."""
+    """[n, 4, kinds], decayed to ``ref_ms`` of each item."""
     totals: Int64
     """[n, 3]: impressions, clicks, thousandths of weighted actions."""
     last_offsets: Int64
     ref_ms: Int64
     """Greatest event time contained, epoch milliseconds."""
+    first_ms: Int64
+    """Least event time of an impression contained; NEVER_MS: none."""
 
 
 def mix(values: UInt64) -> UInt64:
@@ -133,9 +147,10 @@ class PartitionCounters:
         self.used = 0
         self.rows: Int32 = np.zeros(0, np.int32)
         self.values: Float64 = np.zeros((0, WIDTH))
-        self.totals: Int64 = np.zeros((0, KINDS), np.int64)
+        self.totals: Int64 = np.zeros((0, TOUCHED), np.int64)
         self.last_offsets: Int64 = np.zeros(0, np.int64)
         self.ref_ms: Int64 = np.zeros(0, np.int64)
+        self.first_ms: Int64 = np.zeros(0, np.int64)
         self._dirty = np.zeros(0, np.bool_)
         self._dirty_since: Int64 = np.zeros(0, np.int64)
         self._slot_of_row: Int32 = np.zeros(0, np.int32)
@@ -203,15 +218,23 @@ class PartitionCounters:
         times = np.array(batch.times_ms, np.int64)[event_of]
         weights = np.array(batch.weights, np.float64)[kept]
         milli = np.rint(weights * WEIGHT_UNIT).astype(np.int64)
+        shares = _shares(batch, kinds, lengths)[kept]
         kinds = kinds[kept]
-        milli[kinds != KINDS - 1] //= WEIGHT_UNIT
+        milli[kinds != ACTIONS] //= WEIGHT_UNIT
         scaled = self._landmark.factors(times) * weights[:, None]
-        add_scaled(self.values, slots, kinds, scaled)
-        np.add.at(self.totals.reshape(-1), slots.astype(np.int64) * KINDS + kinds, milli)
+        np.add.at(self.totals.reshape(-1), slots.astype(np.int64) * TOUCHED + kinds, milli)
         # Offsets rise within a batch, and of repeated slots NumPy keeps the last.
         self.last_offsets[slots] = offsets
         np.maximum.at(self.ref_ms, slots, times)
-        return Added(rows[kept], kinds, scaled, milli, times, event_of, len(batch.item_ids) - len(kept))
+        shown = np.flatnonzero(kinds == IMPRESSIONS)
+        np.minimum.at(self.first_ms, slots[shown], times[shown])
+        both = np.concatenate([np.arange(len(kept)), shown])
+        kinds = np.concatenate([kinds, np.full(len(shown), EXPECTED)])
+        expected = self._landmark.factors(times[shown]) * shares[shown, None]
+        scaled = np.concatenate([scaled, expected])
+        add_scaled(self.values, slots[both], kinds, scaled)
+        refused = len(batch.item_ids) - len(kept)
+        return Added(rows[kept][both], kinds, scaled, milli, times[both], event_of[both], refused)
 
     def _admit(self, batch: TouchBatch, rows: Int32, kinds: Int64, item_hashes: UInt64) -> Int64:
         """Return the touches that neither the cap nor a repetition keeps out, as indices; moves the windows on."""
@@ -278,7 +301,7 @@ class PartitionCounters:
     def replace(self, state: Absolute) -> tuple[npt.NDArray[np.bool_], Float64, Int64]:
         """Take over mirrored state where it contains no less than what is held; rows must not repeat.
 
-        Returns (taken [n] bool, change of the scaled values [taken, 12], change of the totals [taken, 3]).
+        Returns (taken [n] bool, change of the scaled values [taken, 4 · kinds], change of the totals [taken, 3]).
         """
         slots = self._slots(state.rows)
         newer = state.last_offsets >= self.last_offsets[slots]
@@ -293,6 +316,7 @@ class PartitionCounters:
         self.totals[slots] = state.totals[newer]
         self.last_offsets[slots] = state.last_offsets[newer]
         self.ref_ms[slots] = state.ref_ms[newer]
+        self.first_ms[slots] = state.first_ms[newer]
         return newer, change, totals_change
 
     def contained(self, rows: npt.NDArray[np.integer]) -> Int64:
@@ -308,7 +332,14 @@ class PartitionCounters:
         values = (
             self.values[slots].reshape(-1, HALF_LIVES, KINDS) / self._landmark.factors(self.ref_ms[slots])[:, :, None]
         )
-        return Absolute(self.rows[slots], values, self.totals[slots], self.last_offsets[slots], self.ref_ms[slots])
+        return Absolute(
+            self.rows[slots],
+            values,
+            self.totals[slots],
+            self.last_offsets[slots],
+            self.ref_ms[slots],
+            self.first_ms[slots],
+        )
 
     def dirty(self) -> tuple[Int64, Int64, Float64]:
         """Return the slots to publish, the offset since which each waits, and its heat: [n], [n], [n]."""
@@ -365,6 +396,7 @@ class PartitionCounters:
         self.totals = grown(self.totals, used, 0)
         self.last_offsets = grown(self.last_offsets, used, -1)
         self.ref_ms = grown(self.ref_ms, used, 0)
+        self.first_ms = grown(self.first_ms, used, NEVER_MS)
         self._dirty = grown(self._dirty, used, False)
         self._dirty_since = grown(self._dirty_since, used, 0)
 
@@ -375,10 +407,24 @@ def _lengths(ends: list[int]) -> Int64:
     return lengths
 
 
+def _shares(batch: TouchBatch, kinds: Int64, lengths: Int64) -> Float64:
+    """Return each touch's share of what its event shows, 0 for one that is no impression."""
+    weights = np.where(kinds == IMPRESSIONS, np.array(batch.weights, np.float64), 0.0)
+    event_of = np.repeat(np.arange(len(batch)), lengths)
+    slates = np.bincount(event_of, weights, minlength=len(batch))[event_of]
+    return np.asarray(np.divide(weights, slates, out=np.zeros_like(weights), where=slates > 0))
+
+
 def add_scaled(values: Float64, at: npt.NDArray[np.integer], kinds: Int64, scaled: Float64) -> None:
-    """Add ``scaled`` [n, 4] to ``values`` [m, 12] in rows ``at`` and columns of ``kinds``, repetitions included."""
+    """Add ``scaled`` [n, 4] to ``values`` [m, 4 · kinds] at rows ``at`` and columns of ``kinds``, repeated or not."""
     flat = (at.astype(np.int64) * WIDTH + kinds)[:, None] + _KIND_OFFSETS
     np.add.at(values.reshape(-1), flat.reshape(-1), scaled.reshape(-1))
+
+
+def seconds_since(first_ms: Int64, times_ms: Int64) -> npt.NDArray[np.float32]:
+    """Return the seconds from ``first_ms`` to ``times_ms``, at least 0, float32; NaN where it is NEVER_MS."""
+    seconds = np.maximum(times_ms - first_ms, 0) / 1000.0
+    return np.where(first_ms == NEVER_MS, np.nan, seconds).astype(np.float32)
 
 
 def grown(array: npt.NDArray[Scalar], at_least: int, fill: float) -> npt.NDArray[Scalar]:

@@ -25,7 +25,7 @@ import structlog
 from aiokafka import TopicPartition
 from aiokafka.errors import KafkaError
 
-from models.counters import HALF_LIVES, KINDS, Absolute, Checkpoint, CountersConfig, ItemCounters, TouchBatch
+from models.counters import HALF_LIVES, KINDS, TOUCHED, Absolute, Checkpoint, CountersConfig, ItemCounters, TouchBatch
 from models.errors import BrokerUnavailable, RecordError
 from models.item_index import UNKNOWN, ItemIndex
 from models.partition_counters import Int64
@@ -39,7 +39,8 @@ from streams.topics import TopicNames
 
 log = structlog.get_logger(__name__)
 
-VERSION: Final = 1
+VERSION: Final = 2
+"""Version 1 had neither expected clicks nor first impressions; its records are refused and counted again."""
 CHECKPOINT_KEY: Final = b"\xffcheckpoint"
 """No item id begins with this byte: it never occurs in UTF-8."""
 CHUNK: Final = 256
@@ -56,6 +57,7 @@ class ItemRecord:
     writer: int
     last_offset: int
     ref_ms: int
+    first_ms: int
     totals: list[int]
     values: list[float]
 
@@ -90,13 +92,14 @@ def encode_items(index: ItemIndex, state: Absolute, epoch: int, writer: int) -> 
         state.rows.tolist(),
         state.last_offsets.tolist(),
         state.ref_ms.tolist(),
+        state.first_ms.tolist(),
         state.totals.tolist(),
         state.values.reshape(-1, HALF_LIVES * KINDS).tolist(),
         strict=True,
     )
     return [
-        (index.item_id(row).encode("utf-8"), pack([VERSION, epoch, writer, last, ref, totals, values]))
-        for row, last, ref, totals, values in columns
+        (index.item_id(row).encode("utf-8"), pack([VERSION, epoch, writer, last, ref, first, totals, values]))
+        for row, last, ref, first, totals, values in columns
     ]
 
 
@@ -108,17 +111,18 @@ def encode_checkpoint(checkpoint: Checkpoint, epoch: int, writer: int) -> bytes:
 
 def decode_item(value: bytes) -> ItemRecord:
     """Decode an item record. Raises RecordError("malformed") for what is none, "invalid" for another version."""
-    fields = _fields(value, 7)
+    fields = _fields(value, 8)
     try:
-        epoch, writer, last_offset, ref_ms = map(int, fields[1:5])
-        totals, values = [int(t) for t in fields[5]], [float(v) for v in fields[6]]
+        epoch, writer, last_offset, ref_ms, first_ms = map(int, fields[1:6])
+        totals, values = [int(t) for t in fields[6]], [float(v) for v in fields[7]]
     except (TypeError, ValueError, OverflowError) as error:
         raise RecordError("malformed", f"an item-stats record: {error}") from None
-    if len(totals) != KINDS or len(values) != HALF_LIVES * KINDS:
+    if len(totals) != TOUCHED or len(values) != HALF_LIVES * KINDS:
         raise RecordError("malformed", f"an item-stats record with {len(totals)} totals and {len(values)} values")
-    if not all(0 <= v < 1e300 for v in values) or not all(0 <= n < 2**62 for n in (*totals, ref_ms, last_offset + 1)):
+    whole = (*totals, ref_ms, first_ms, last_offset + 1)
+    if not all(0 <= v < 1e300 for v in values) or not all(0 <= n <= 2**62 for n in whole):
         raise RecordError("invalid", "an item-stats record with something that is no count, offset or time")
-    return ItemRecord(epoch, writer, last_offset, ref_ms, totals, values)
+    return ItemRecord(epoch, writer, last_offset, ref_ms, first_ms, totals, values)
 
 
 def decode_checkpoint(value: bytes) -> CheckpointRecord:
@@ -267,6 +271,7 @@ class ItemStats:
                 np.array([i.totals for i in found], np.int64),
                 np.array([self._last(i) for i in found], np.int64),
                 np.array([i.ref_ms for i in found], np.int64),
+                np.array([i.first_ms for i in found], np.int64),
             ),
         )
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from models.counters import (
     ACTIONS,
     CLICKS,
+    EXPECTED,
     IMPRESSIONS,
     Absolute,
     Checkpoint,
@@ -123,7 +124,7 @@ def test_unknown_item_reads_zero_and_reading_adds_no_row() -> None:
     made = counters()
     feed(made, [(click("u", "a", "e"), 0, T)])
     read = made.read(np.array([[UNKNOWN, 99, 2]], np.int32), T)
-    assert read.shape == (1, 3, 4, 3)
+    assert read.shape == (1, 3, 4, 4)
     assert not read.any()
     assert len(made.index) == 3
 
@@ -491,8 +492,47 @@ def test_own_item_overwritten_by_a_late_writer_is_published_again() -> None:
 def test_kinds_are_the_last_axis_in_their_order() -> None:
     made = counters()
     feed(made, [(impression("u", "a", "e1"), 0, T), (click("u", "a", "e2", "purchase"), 1, T)])
-    assert made.read(ROWS[:1], T)[0, 0].tolist() == [1.0, 0.0, 5.0]
-    assert (IMPRESSIONS, CLICKS, ACTIONS) == (0, 1, 2)
+    assert made.read(ROWS[:1], T)[0, 0].tolist() == [1.0, 0.0, 5.0, 1.0]
+    assert (IMPRESSIONS, CLICKS, ACTIONS, EXPECTED) == (0, 1, 2, 3)
+
+
+def test_an_item_is_expected_to_take_its_share_of_the_clicks_of_each_slate() -> None:
+    made = counters()
+    feed(made, [(impression("u", "abc", "e1"), 0, T), (impression("v", "ab", "e2"), 1, T)])
+    expected = made.read(ROWS, T)[:, 0, EXPECTED].tolist()
+    assert expected == pytest.approx([1 / 3 + 1 / 2, 1 / 3 + 1 / 2, 1 / 3], rel=1e-6)
+
+
+def test_an_unclicked_item_that_stands_for_others_is_expected_to_take_their_shares() -> None:
+    made, batch = counters(), TouchBatch()
+    batch.add(0, T, 1, 1, Touches(["a", "b"], [IMPRESSIONS, IMPRESSIONS], [1.0, 9.0]))
+    made.add(0, batch)
+    assert made.read(ROWS, T)[:2, 0, EXPECTED].tolist() == pytest.approx([0.1, 0.9], rel=1e-6)
+
+
+def test_an_impression_that_the_cap_keeps_out_is_not_expected_to_be_clicked() -> None:
+    made = counters()
+    feed(made, [(impression("u", "ab", f"e{n}"), n, T) for n in range(10)])
+    assert made.read(ROWS, T)[0, 0, EXPECTED] == pytest.approx(CONFIG.user_cap / 2, rel=1e-6)
+
+
+def test_time_since_the_first_impression_is_that_of_the_earliest_and_none_is_not_a_number() -> None:
+    made = counters()
+    feed(made, [(impression("u", "a", "e1"), 0, T), (impression("v", "a", "e2"), 1, T - HOUR_MS)])
+    feed(made, [(click("u", "b", "e3"), 2, T)])
+    seconds = made.first_seen_seconds(ROWS[None], np.array([T + 1_000]))[0]
+    assert seconds[0] == 3_601
+    assert np.isnan(seconds[1:]).all()
+
+
+def test_first_impression_is_the_earliest_of_all_partitions_and_survives_publication() -> None:
+    owner, mirror = counters(partitions=2), counters(partitions=0)
+    feed(owner, [(impression("u", "ab", "e1"), 0, T)], partition=0)
+    feed(owner, [(impression("v", "ac", "e2"), 0, T - HOUR_MS)], partition=1)
+    for partition in (0, 1):
+        mirror.replace(partition, publish(owner, partition))
+    for side in (owner, mirror):
+        assert side.first_seen_seconds(ROWS[None], np.array([T])).tolist() == [[3_600.0, 0.0, 3_600.0]]
 
 
 def test_counts_of_a_partition_weeks_behind_another_are_published_whole() -> None:

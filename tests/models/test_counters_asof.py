@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from models.counter_events import HALF_LIVES, KINDS
 from models.counters import CLICKS, IMPRESSIONS, CountersConfig, ItemCounters, TouchBatch
-from models.counters_asof import running_sums
+from models.counters_asof import running
 from models.errors import FencedError
 from models.events import Action, Event, ImpressedItem, Impression
 from models.item_index import ItemIndex
@@ -76,7 +76,7 @@ def test_a_partition_of_another_is_not_counted() -> None:
 
 def test_sums_of_a_small_group_keep_their_digits_beside_a_great_one() -> None:
     values = np.array([[1e200], [1e200], [1e-200], [2e-200], [3e-200]])
-    assert running_sums(values, np.array([0, 1, 0, 1, 2]))[:, 0] == pytest.approx(
+    assert running(np.add, values, np.array([0, 1, 0, 1, 2]))[:, 0] == pytest.approx(
         [1e200, 2e200, 1e-200, 3e-200, 6e-200], rel=1e-12, abs=0
     )
 
@@ -111,9 +111,9 @@ def test_reads_inside_a_batch_are_those_of_counting_one_event_after_the_other(
     whole = counters()
     whole.add(0, batch(*old))
     arrivals = at(*(time_ms + delay_ms for time_ms, _, _ in new))
-    read = whole.add_as_of(0, batch(*new, first_offset=len(old)), arrivals).read_at(
-        np.repeat(ROWS, len(times), axis=0), times
-    )
+    as_of = whole.add_as_of(0, batch(*new, first_offset=len(old)), arrivals)
+    rows = np.repeat(ROWS, len(times), axis=0)
+    read, first = as_of.read_at(rows, times), as_of.first_seen_seconds(rows, times)
 
     single = counters()
     single.add(0, batch(*old))
@@ -125,3 +125,4 @@ def test_reads_inside_a_batch_are_those_of_counting_one_event_after_the_other(
         expected = single.read_at(ROWS, at(time_ms))
         assert expected.shape == (1, 4, HALF_LIVES, KINDS)
         np.testing.assert_allclose(read[slate], expected[0], rtol=1e-6, atol=1e-30)
+        np.testing.assert_array_equal(first[slate], single.first_seen_seconds(ROWS, at(time_ms))[0])

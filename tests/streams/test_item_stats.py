@@ -99,12 +99,13 @@ def side(state: StateThread, *, epoch: int = EPOCH, **config: float) -> Side:
 def test_item_record_round_trips() -> None:
     index = ItemIndex()
     index.add("Ärtikel")
-    values = np.arange(12, dtype=np.float64).reshape(1, 4, 3) / 7
-    state = Absolute(np.array([0], np.int32), values, np.array([[5, 2, 3_500]]), np.array([41]), np.array([T]))
+    values = np.arange(16, dtype=np.float64).reshape(1, 4, 4) / 7
+    state = Absolute(np.array([0], np.int32), values, np.array([[5, 2, 3_500]]), np.array([41]), np.array([T]), np.array([T - 5]))
     [(key, value)] = encode_items(index, state, EPOCH, 9)
     record = decode_item(value)
     assert key.decode() == "Ärtikel"
-    assert (record.epoch, record.writer, record.last_offset, record.ref_ms) == (EPOCH, 9, 41, T)
+    assert (record.epoch, record.writer, record.last_offset) == (EPOCH, 9, 41)
+    assert (record.ref_ms, record.first_ms) == (T, T - 5)
     assert (record.totals, record.values) == ([5, 2, 3_500], values.reshape(-1).tolist())
 
 
@@ -125,11 +126,11 @@ def test_checkpoint_key_is_no_text_and_so_no_item_id() -> None:
         (b"", "malformed"),
         (b"\xc1", "malformed"),
         (msgpack.packb({"a": 1}), "malformed"),
-        (msgpack.packb([2, 1, 1, 0, 0, [0, 0, 0], [0.0] * 12]), "invalid"),
-        (msgpack.packb([1, 1, 1, 0, 0, [0, 0, 0], [0.0] * 11]), "malformed"),
-        (msgpack.packb([1, 1, 1, 0, 0, [0, 0, "x"], [0.0] * 12]), "malformed"),
-        (msgpack.packb([1, 1, 1, 0, 0, [0, 0, 0], [float("nan")] * 12]), "invalid"),
-        (msgpack.packb([1, 1, 1, -5, 0, [0, 0, 0], [0.0] * 12]), "invalid"),
+        (msgpack.packb([1, 1, 1, 0, 0, [0, 0, 0], [0.0] * 12]), "invalid"),
+        (msgpack.packb([2, 1, 1, 0, 0, 0, [0, 0, 0], [0.0] * 15]), "malformed"),
+        (msgpack.packb([2, 1, 1, 0, 0, 0, [0, 0, "x"], [0.0] * 16]), "malformed"),
+        (msgpack.packb([2, 1, 1, 0, 0, 0, [0, 0, 0], [float("nan")] * 16]), "invalid"),
+        (msgpack.packb([2, 1, 1, -5, 0, 0, [0, 0, 0], [0.0] * 16]), "invalid"),
     ],
 )
 def test_item_record_that_is_none_is_refused(value: bytes, reason: str) -> None:
