@@ -67,6 +67,8 @@ class SlateMeasures:
     """Share of an impression's clicked items that our slate of ``k`` holds, mean over impressions."""
     source_recall: dict[str, float]
     """The same of 200 candidates of each source, and of the mix of them that is scored."""
+    source_recall_first: dict[str, float]
+    """The same of the first ``k`` candidates of each source, in its own order: what ranking has to beat."""
     source_only: dict[str, float]
     """Share of the clicks that no other source's candidates hold."""
     coverage: float
@@ -189,6 +191,7 @@ class SlateMaker:
         self._recommender: Recommender | None = None
         self._tallies = {mode: _Tally() for mode in models}
         self._source_found: defaultdict[str, list[float]] = defaultdict(list)
+        self._source_first: defaultdict[str, list[float]] = defaultdict(list)
         self._source_only: defaultdict[str, float] = defaultdict(float)
         self._clicks = 0
 
@@ -220,6 +223,7 @@ class SlateMaker:
             k=self._k,
             recall=_mean(tally.recalls),
             source_recall={name: _mean(found) for name, found in self._source_found.items()},
+            source_recall_first={name: _mean(found) for name, found in self._source_first.items()},
             source_only={name: self._source_only[name] / max(self._clicks, 1) for name in self._source_found},
             coverage=coverage(list(tally.shown), len(self._shelf)),
             gini=gini(exposures),
@@ -253,16 +257,17 @@ class SlateMaker:
         found = self._candidates(row, counters, request, time_ms)
         self._clicks += len(wanted)
         for name, rows in found.items():
-            self._source_found[name].append(len(wanted & rows) / len(wanted))
-        single = {name: rows for name, rows in found.items() if name != MIX}
+            self._source_found[name].append(len(wanted & set(rows)) / len(wanted))
+            self._source_first[name].append(len(wanted & set(rows[: self._k])) / len(wanted))
+        single = {name: set(rows) for name, rows in found.items() if name != MIX}
         held = Counter(row for rows in single.values() for row in rows & wanted)
         for name, rows in single.items():
             self._source_only[name] += sum(held[row] == 1 for row in rows & wanted)
 
     def _candidates(
         self, row: Rows, counters: ItemCounters, request: SlateRequest, time_ms: int
-    ) -> dict[str, set[int]]:
-        """Return the rows of each source's candidates, and of the mix that the default surface takes of them."""
+    ) -> dict[str, list[int]]:
+        """Return the rows of each source's candidates, and of the mix that the default surface takes, best first."""
         catalogue, config = self._catalogue, self._config
         plan = config.plan(None)
         past = past_of(self._users, row, catalogue.index, time_ms, plan.ranking)
@@ -282,7 +287,7 @@ class SlateMaker:
         found = {SOURCES[code]: _allowed(rows, refuse) for code, rows in alone}
         others = listed(lists, plan.quotas, catalogue, past.liked, WIDTH)
         pool = merge(near[:, :, : 3 * WIDTH // 4], active, popular, WIDTH, refuse, plan.quotas, others)
-        return {MIX: set(pool.rows[pool.valid].tolist())} | found
+        return {MIX: pool.rows[pool.valid].tolist()} | found
 
 
 def sample(offsets: I64, wanted: int) -> I64:
@@ -294,9 +299,9 @@ def sample(offsets: I64, wanted: int) -> I64:
     return offsets[np.linspace(0, len(offsets) - 1, wanted).round().astype(np.int64)]
 
 
-def _allowed(rows: I32, refuse: Refusal) -> set[int]:
+def _allowed(rows: I32, refuse: Refusal) -> list[int]:
     kept = rows[~refuse(rows)]
-    return set(list(dict.fromkeys(kept.tolist()))[:WIDTH])
+    return list(dict.fromkeys(kept.tolist()))[:WIDTH]
 
 
 def _mean(values: Sequence[float]) -> float:
