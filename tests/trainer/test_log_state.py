@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -10,18 +12,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from models.bundle import ItemEncodings
 from models.catalogue import Catalogue
 from models.counters import ItemCounters, TouchBatch
 from models.events import Action, Impression
-from models.examples import FeaturesRecord, raw_slates
+from models.examples import FeaturesRecord, encode, raw_slates
 from models.hashing import hash64
 from models.live_features import raw_from_state
 from models.logs import LogEvent
 from models.user_events import surface_names, user_event
 from models.user_state import Rows, UserReader, apply, empty_rows
-from tests.trainer.test_log_examples import HOUR, Log, catalogue, click, impression
-from trainer.log_examples import LogConfig, Reads, log_examples
+from tests.models.test_logs import behavior, ebnerd
+from tests.trainer.test_log_examples import HOUR, Log, catalogue, click, impression, space
+from trainer.log_examples import LogConfig, Reads, catalogue_of, log_examples
 from trainer.log_state import DEFAULT_SURFACE, EPOCH, blocks, waves
+from trainer.scoring import ItemTable
 
 DAY = 24 * HOUR
 START = 400 * DAY
@@ -62,7 +67,7 @@ class OneByOne:
             batch.add_event(event, offset, logged.time_ms, self.config.counters)
             self.counters.add(0, batch)
 
-    def read(self, logged: LogEvent) -> dict[str, npt.NDArray[np.generic]]:
+    def read(self, logged: LogEvent) -> dict[str, npt.NDArray[Any]]:
         event = logged.event
         assert isinstance(event, Impression)
         names = [shown.item_id for shown in event.items]
@@ -84,6 +89,7 @@ STATE = (
     "items",
     "counters",
     "age_seconds",
+    "first_seen_seconds",
     "sims",
     "shown_counts",
     "shown_age_seconds",
@@ -94,7 +100,7 @@ STATE = (
 )
 
 
-def expected(log: list[LogEvent], config: LogConfig) -> Iterator[dict[str, npt.NDArray[np.generic]]]:
+def expected(log: list[LogEvent], config: LogConfig) -> Iterator[dict[str, npt.NDArray[Any]]]:
     """Yield what each impression knows, by the rule: arrived by then, and of a strictly earlier tick."""
     delay_ms, tick_ms = round(config.feedback_delay_seconds * 1_000), round(config.tick_seconds * 1_000)
     reference, learned = OneByOne(config), 0
@@ -276,3 +282,44 @@ def test_a_wave_takes_the_reads_of_a_user_up_to_the_next_arrival(
     users = np.array([ord(user) for user in reads + arrivals], np.intp)
     made = [(r.tolist(), a.tolist()) for r, a in waves(users, np.array(seen, np.intp))]
     assert made == taken
+
+
+def day(*read_times: float, **later: Any) -> list[dict[str, Any]]:
+    """Return EB-NeRD rows of two users in turn, half a minute apart, with these read times."""
+    rows = []
+    for n, read_time in enumerate(read_times):
+        row = behavior(n + 1, 8 + n % 2, f"2023-05-18 07:{n // 2:02}:{n % 2 * 30:02}", [5, 6, 7 + n % 2], [5 + n % 2])
+        rows.append(row | {"read_time": read_time, "scroll_percentage": 50.0} | later)
+    return rows
+
+
+def records_of(folder: Path, rows: list[dict[str, Any]]) -> list[bytes]:
+    reader = ebnerd(folder, rows)
+    table = ItemTable(
+        space(), ItemEncodings(np.zeros(0, np.uint64), np.zeros(0, np.uint64), np.zeros((0, 64), np.float16))
+    )
+    made = log_examples(reader, catalogue_of(reader.items(), table), "literal")
+    return [encode(record) for record in made.records]
+
+
+@pytest.mark.parametrize(
+    "later", [{"scroll_percentage": 99.0}, {"next_read_time": 77.0}, {"next_scroll_percentage": 1.0}], ids=str
+)
+def test_ebnerd_columns_from_after_the_decision_reach_no_feature(tmp_path: Path, later: dict[str, Any]) -> None:
+    before = records_of(tmp_path / "before", day(20, 20, 20, 20, 20, 20))
+    after = records_of(tmp_path / "after", day(20, 20, 20, 20, 20, 20, **later))
+    assert after == before
+
+
+def test_ebnerd_read_time_dates_the_click_and_reaches_nothing_before_it(tmp_path: Path) -> None:
+    """The third impression, at 07:01:00, is clicked at 07:01:20 or 07:01:50; the fourth is shown at 07:01:30."""
+    before = records_of(tmp_path / "before", day(20, 20, 20, 20, 20, 20))
+    after = records_of(tmp_path / "after", day(20, 20, 50, 20, 20, 20))
+    assert after[:3] == before[:3]
+    assert after[3] != before[3]
+
+
+def test_ebnerd_read_times_of_the_last_impressions_reach_nothing_at_all(tmp_path: Path) -> None:
+    before = records_of(tmp_path / "before", day(20, 20, 20, 20, 40, 40))
+    after = records_of(tmp_path / "after", day(20, 20, 20, 20, 35, 5))
+    assert after == before
