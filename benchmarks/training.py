@@ -107,6 +107,7 @@ def _record(
         propensities=b"",
         counters=counts.astype("<f2").tobytes(),
         age_seconds=random.exponential(86_400, SLATE).astype("<f4").tobytes(),
+        first_seen_seconds=random.exponential(86_400, SLATE).astype("<f4").tobytes(),
         sims=np.zeros((SLATE, 2), "<f2").tobytes(),
         shown_counts=np.zeros(SLATE, "u1").tobytes(),
         shown_age_seconds=np.full(SLATE, np.nan, "<f4").tobytes(),

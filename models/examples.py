@@ -20,7 +20,9 @@ from models.errors import RecordError
 from models.features import RawSlates
 from models.user_row import RECENT
 
-VERSION: Final = 1
+VERSION: Final = 2
+"""Version 1 had neither expected clicks nor the time since an item was first shown."""
+LABELS_VERSION: Final = 1
 LAGGED: Final = 1
 """Flag of features: processed long after it happened, or behind a later action of its user, so that the counters or the
 row have seen its future."""
@@ -45,6 +47,7 @@ _ITEM_FIELDS: Final[Bytes2D] = {
     "positions": ("<u2", 1),
     "counters": ("<f2", HALF_LIVES * KINDS),
     "age_seconds": ("<f4", 1),
+    "first_seen_seconds": ("<f4", 1),
     "sims": ("<f2", 2),
     "shown_counts": ("u1", 1),
     "shown_age_seconds": ("<f4", 1),
@@ -91,6 +94,8 @@ class FeaturesRecord(msgspec.Struct, array_like=True, gc=False, kw_only=True):
     """f2 log1p of the decayed counts [K, half-lives, kinds], before this event's batch was counted."""
     age_seconds: bytes
     """f4 [K] since publication, NaN = not given."""
+    first_seen_seconds: bytes
+    """f4 [K] since anybody was first shown the item, NaN = never."""
     sims: bytes
     """f2 [K, 2], as models.features.RawSlates."""
     shown_counts: bytes
@@ -120,7 +125,7 @@ class FeaturesRecord(msgspec.Struct, array_like=True, gc=False, kw_only=True):
 class LabelsRecord(msgspec.Struct, array_like=True, gc=False, kw_only=True):
     """What came of one impression."""
 
-    version: int = VERSION
+    version: int = LABELS_VERSION
     impression_id: int
     user_id: str
     time_ms: int
@@ -149,14 +154,14 @@ def encode(record: FeaturesRecord | LabelsRecord) -> bytes:
 
 def decode_features(value: bytes) -> FeaturesRecord:
     """Return a features record. Raises RecordError for what is none, or of another version."""
-    record: FeaturesRecord = _decode(_FEATURES, value)
+    record: FeaturesRecord = _decode(_FEATURES, value, VERSION)
     _check_features(record)
     return record
 
 
 def decode_labels(value: bytes) -> LabelsRecord:
     """Return a labels record. Raises RecordError for what is none, or of another version."""
-    record: LabelsRecord = _decode(_LABELS, value)
+    record: LabelsRecord = _decode(_LABELS, value, LABELS_VERSION)
     if len(record.clicked) % 2 or len(record.refused) % 2 or len(record.actions) * 2 != len(record.clicked):
         raise RecordError("invalid", f"labels of impression {record.impression_id} whose parts differ in length")
     return record
@@ -217,14 +222,27 @@ def state_fields(raw: RawSlates, slate: int) -> dict[str, Any]:
     return fields | {"user_counts": tuple(raw.user_counts[slate].tolist())}
 
 
-def _decode(decoder: msgspec.msgpack.Decoder[Any], value: bytes) -> Any:
+def _decode(decoder: msgspec.msgpack.Decoder[Any], value: bytes, version: int) -> Any:
     try:
         record = decoder.decode(value)
+        found = record.version
     except (msgspec.DecodeError, UnicodeDecodeError, OverflowError, RecursionError) as error:
-        raise RecordError("malformed", f"no record of an example: {error}") from None
-    if record.version != VERSION:
-        raise RecordError("invalid", f"a record of version {record.version}; this program reads {VERSION}")
+        # Of another version the fields may be others too: their order tells nothing then, but the first is the version.
+        found = _version(value)
+        if found in (None, version):
+            raise RecordError("malformed", f"no record of an example: {error}") from None
+    if found != version:
+        raise RecordError("invalid", f"a record of version {found}; this program reads {version}: it was left out")
     return record
+
+
+def _version(value: bytes) -> int | None:
+    """Return the first field of a record that could not be decoded, where it is a whole number."""
+    try:
+        fields = msgspec.msgpack.decode(value)
+    except (msgspec.DecodeError, UnicodeDecodeError, OverflowError, RecursionError):
+        return None
+    return fields[0] if isinstance(fields, list) and fields and isinstance(fields[0], int) else None
 
 
 def _check_features(record: FeaturesRecord) -> None:

@@ -19,22 +19,18 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from models.counter_events import ACTIONS, CLICKS, HALF_LIVES, IMPRESSIONS, KINDS
+from models.counter_events import ACTIONS, CLICKS, EXPECTED, HALF_LIVES, IMPRESSIONS, KINDS
 from models.errors import BundleError
 from models.user_row import RECENT
 
 F32 = npt.NDArray[np.float32]
-F64 = npt.NDArray[np.float64]
 Bools = npt.NDArray[np.bool_]
 
-VERSION: Final = 1
+VERSION: Final = 2
 GRID: Final = 4096.0
-"""Values are compared within a slate in steps of 1 / GRID; 500 squares of up to 64 then add up without rounding."""
+"""Values are compared within a slate in steps of 1 / GRID."""
 MAX_LOG_COUNT: Final = 16.0
 """Largest log1p of a count that is told apart: nine million."""
-Z_LIMIT: Final = 6.0
-SIM_SCALE: Final = 8.0
-"""Scale of similarities before they are exponentiated into shares, as in a softmax over the slate."""
 DAY_MS: Final = 86_400_000
 MAX_COMPARED: Final = 16.0
 """What is compared within a slate lies within ± this."""
@@ -42,22 +38,29 @@ _VALUE_BITS: Final = 18
 """Bits of a compared value in steps of 1 / GRID, its sign included."""
 
 HALF_LIFE_NAMES: Final = ("first", "second", "third", "fourth")
-RELATIVE_KINDS: Final = ("rank", "share", "z")
+RELATIVE_KINDS: Final = ("rank", "gap")
 COMPARED: Final[tuple[str, ...]] = (
     *(f"impressions_{name}" for name in HALF_LIFE_NAMES),
     *(f"clicks_{name}" for name in HALF_LIFE_NAMES),
     *(f"ctr_{name}" for name in HALF_LIFE_NAMES),
+    *(f"quick_ctr_{name}" for name in HALF_LIFE_NAMES),
+    *(f"coec_{name}" for name in HALF_LIFE_NAMES),
+    *(f"quick_coec_{name}" for name in HALF_LIFE_NAMES),
     "sim_short",
     "sim_long",
     "age",
+    "first_seen",
+    "shown_count",
 )
-"""Columns that are also given as rank, share and z-score within the slate."""
+"""Columns that are also given as rank within the slate and as gap to its highest. ctr: clicks by impressions; coec:
+clicks over expected clicks; quick: with a weaker prior, so that few events tell more."""
 COLUMNS: Final[tuple[str, ...]] = (
     *COMPARED,
     *(f"actions_{name}" for name in HALF_LIFE_NAMES),
     "age_given",
-    "shown_count",
+    "first_seen_given",
     "shown_recency",
+    "shown_just_now",
     "shown_ever",
     "user_impressions",
     "user_clicks",
@@ -69,7 +72,7 @@ COLUMNS: Final[tuple[str, ...]] = (
     "weekday_cos",
     *(f"{name}_{kind}" for kind in RELATIVE_KINDS for name in COMPARED),
 )
-"""Names of the columns of version 1, in their order."""
+"""Names of the columns of version 2, in their order."""
 
 SPACE_COLUMNS: Final[tuple[str, ...]] = tuple(name for name in COLUMNS if name.startswith(("sim_short", "sim_long")))
 """Columns made of vectors: in another space they are other numbers, which no record of this one tells."""
@@ -77,9 +80,14 @@ SPACE_COLUMNS: Final[tuple[str, ...]] = tuple(name for name in COLUMNS if name.s
 _AT: Final = {name: place for place, name in enumerate(COLUMNS)}
 _PLANES: Final = len(COMPARED)
 _SIMS: Final = slice(_AT["sim_short"], _AT["sim_long"] + 1)
-_CTRS: Final = slice(_AT["ctr_first"], _AT["ctr_fourth"] + 1)
+_RATES: Final = {
+    name: slice(_AT[f"{name}_first"], _AT[f"{name}_fourth"] + 1) for name in ("ctr", "quick_ctr", "coec", "quick_coec")
+}
+_SOME_ONLY: Final = (("age", "age_given"), ("first_seen", "first_seen_given"))
+"""Compared columns that some items lack, and the columns that tell which have them."""
 
 Prior = Annotated[float, Field(gt=0, lt=1)]
+Ratio = Annotated[float, Field(gt=0, le=1e6)]
 
 
 class FeatureConfig(BaseModel):
@@ -87,13 +95,23 @@ class FeatureConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    version: Literal[1] = Field(1, description="Version of the encoding: which columns, and how each is made.")
+    version: Literal[2] = Field(2, description="Version of the encoding: which columns, and how each is made.")
     prior_ctr: tuple[Prior, Prior, Prior, Prior] = Field(
         (0.05, 0.05, 0.05, 0.05), description="Mean m of the Beta prior of an item's CTR, for each half-life."
     )
     prior_strength: float = Field(
         20.0, gt=0, le=1e6, description="Impressions s that the prior of a CTR weighs as much as."
     )
+    quick_prior_strength: float = Field(
+        5.0, gt=0, le=1e6, description="The same of the quick columns, whose prior is weaker."
+    )
+    prior_coec: tuple[Ratio, Ratio, Ratio, Ratio] = Field(
+        (1.0, 1.0, 1.0, 1.0), description="Mean clicks over expected clicks of all items, for each half-life."
+    )
+    coec_strength: float = Field(
+        2.0, gt=0, le=1e6, description="Expected clicks that the prior of clicks over expected clicks weighs as much as."
+    )
+    quick_coec_strength: float = Field(0.5, gt=0, le=1e6, description="The same of the quick columns.")
     columns: tuple[str, ...] = Field(COLUMNS, description="Names of the columns, in their order.")
 
     @field_validator("columns")
@@ -117,6 +135,8 @@ class RawSlates:
     """log1p of decayed counts [S, C, half-lives, kinds], as models.counters orders them."""
     age_seconds: F32
     """Time since publication [S, C], NaN = not given."""
+    first_seen_seconds: F32
+    """Time since anybody was first shown the item [S, C], NaN = never."""
     sims: npt.NDArray[np.float16]
     """Products of the item's unit vector with the scaled short- and long-term taste [S, C, 2], 0 = none."""
     shown_counts: npt.NDArray[np.uint8]
@@ -145,6 +165,7 @@ class RawSlates:
             items=np.zeros(shape, np.uint64),
             counters=np.zeros((*shape, HALF_LIVES, KINDS), np.float16),
             age_seconds=np.full(shape, np.nan, np.float32),
+            first_seen_seconds=np.full(shape, np.nan, np.float32),
             sims=np.zeros((*shape, 2), np.float16),
             shown_counts=np.zeros(shape, np.uint8),
             shown_age_seconds=np.full(shape, np.nan, np.float32),
@@ -171,7 +192,7 @@ def spec_id(config: FeatureConfig) -> str:
 
     A bundle names it. The values of the priors are data, not code: they stand in the bundle and change no id.
     """
-    told = {"version": config.version, "columns": columns(config), "priors": len(config.prior_ctr)}
+    told = {"version": config.version, "columns": columns(config), "priors": len(config.prior_ctr), "coec": len(config.prior_coec)}
     digest = hashlib.blake2b(json.dumps(told, separators=(",", ":")).encode(), digest_size=6).hexdigest()
     return f"features-{config.version}-{digest}"
 
@@ -195,16 +216,19 @@ def encode(raw: RawSlates, config: FeatureConfig) -> F32:
 
     Smoothed CTR: log of (clicks + s·m) / (impressions + s) over m, the posterior mean of a Beta-Binomial with mean m
     and strength s against that mean (Gelman et al., Bayesian Data Analysis, 3rd ed. 2013, section 2.4). Clicks without
-    their impressions count as impressions too. User CTR: log of (clicks + 1) / (impressions + 2).
-    Rank: share of the slate's other items that are below, ties sharing the lowest. Share: v / (v + the slate's mean).
+    their impressions count as impressions too. Clicks over expected clicks (Zhang and Jones 2007, Comparing click logs
+    and editorial labels for training query rewriting, section 4.3): the same with the items' shares of their slates in
+    place of impressions, over the mean ratio. User CTR: log of (clicks + 1) / (impressions + 2).
+    Rank: share of the slate's other items that are below, ties sharing the lowest. Gap: what is lacking to the highest
+    of the slate, at most 0.
     """
     slates, items = raw.valid.shape
     planes: F32 = np.zeros((len(COLUMNS), slates, items), np.float32)
     if slates and items:
         _counts(planes, raw, config)
-        given = _item_facts(planes, raw)
+        _item_facts(planes, raw)
         _user_facts(planes, raw)
-        _relative(planes, given, raw.valid)
+        _relative(planes, raw.valid)
         planes *= raw.valid
     return np.ascontiguousarray(planes.transpose(1, 2, 0))
 
@@ -215,27 +239,36 @@ def _counts(planes: F32, raw: RawSlates, config: FeatureConfig) -> None:
     planes[_AT["impressions_first"] : _AT["impressions_first"] + HALF_LIVES] = logs[IMPRESSIONS]
     planes[_AT["clicks_first"] : _AT["clicks_first"] + HALF_LIVES] = logs[CLICKS]
     planes[_AT["actions_first"] : _AT["actions_first"] + HALF_LIVES] = logs[ACTIONS]
-    counts = np.exp(logs[[IMPRESSIONS, CLICKS]]) - np.float32(1)
-    clicks = counts[1]
-    impressions = np.maximum(counts[0], clicks)
-    strength = np.float32(config.prior_strength)
-    prior = np.array(config.prior_ctr, np.float32)[:, None, None]
-    planes[_CTRS] = np.log((clicks / prior + strength) / (impressions + strength))
+    impressions, clicks, expected = np.exp(logs[[IMPRESSIONS, CLICKS, EXPECTED]]) - np.float32(1)
+    impressions = np.maximum(impressions, clicks)
+    rates = (
+        ("ctr", config.prior_ctr, impressions, config.prior_strength),
+        ("quick_ctr", config.prior_ctr, impressions, config.quick_prior_strength),
+        ("coec", config.prior_coec, expected, config.coec_strength),
+        ("quick_coec", config.prior_coec, expected, config.quick_coec_strength),
+    )
+    for name, prior, chances, strength in rates:
+        usual = clicks / np.array(prior, np.float32)[:, None, None]
+        planes[_RATES[name]] = np.log((usual + np.float32(strength)) / (chances + np.float32(strength)))
 
 
-def _item_facts(planes: F32, raw: RawSlates) -> Bools:
-    """Fill what is known of each item; return where its age is given, [S, C]."""
+def _item_facts(planes: F32, raw: RawSlates) -> None:
+    """Fill what is known of each item."""
     sims = np.ascontiguousarray(raw.sims.transpose(2, 0, 1), np.float32)
     planes[_SIMS] = np.clip(np.nan_to_num(sims, copy=False, nan=0.0), -1.0, 1.0)
-    given: Bools = np.isfinite(raw.age_seconds)
-    planes[_AT["age"]] = np.log1p(np.where(given, np.maximum(raw.age_seconds, 0), 0) / np.float32(3600))
-    planes[_AT["age_given"]] = given
+    for name, seconds, unit in (
+        ("age", raw.age_seconds, np.float32(3600)),
+        ("first_seen", raw.first_seen_seconds, np.float32(60)),
+    ):
+        given = np.isfinite(seconds)
+        planes[_AT[name]] = np.log1p(np.where(given, np.maximum(seconds, 0), 0) / unit)
+        planes[_AT[f"{name}_given"]] = given
     planes[_AT["shown_count"]] = np.log1p(raw.shown_counts.astype(np.float32))
     ever = np.isfinite(raw.shown_age_seconds)
-    hours = np.where(ever, np.maximum(raw.shown_age_seconds, 0), 0) / np.float32(3600)
-    planes[_AT["shown_recency"]] = np.where(ever, 1 / (1 + hours), 0)
+    seconds = np.where(ever, np.maximum(raw.shown_age_seconds, 0), 0)
+    planes[_AT["shown_recency"]] = np.where(ever, 1 / (1 + seconds / np.float32(3600)), 0)
+    planes[_AT["shown_just_now"]] = np.where(ever, 1 / (1 + seconds / np.float32(120)), 0)
     planes[_AT["shown_ever"]] = ever
-    return given
 
 
 def _user_facts(planes: F32, raw: RawSlates) -> None:
@@ -251,54 +284,24 @@ def _user_facts(planes: F32, raw: RawSlates) -> None:
         planes[_AT[f"{name}_cos"]] = np.cos(angle)[:, None]
 
 
-def _relative(planes: F32, given: Bools, valid: Bools) -> None:
-    """Fill rank, share and z-score within the slate of the compared planes; of age among the items ``given`` it."""
+def _relative(planes: F32, valid: Bools) -> None:
+    """Fill rank and gap within the slate of the compared planes; of what some items lack among those that have it."""
     np.clip(planes[:_PLANES], -MAX_COMPARED, MAX_COMPARED, out=planes[:_PLANES])
     compared = np.broadcast_to(valid, planes[:_PLANES].shape).copy()
-    compared[_AT["age"]] &= given
-    n = compared.sum(axis=2, keepdims=True)
-    present = np.maximum(n, 1)
+    for name, given in _SOME_ONLY:
+        compared[_AT[name]] &= planes[_AT[given]] > 0
+    others = np.maximum(compared.sum(axis=2, keepdims=True) - 1, 1)
     first = _AT[f"{COMPARED[0]}_{RELATIVE_KINDS[0]}"]
-    ranks, shares, zs = (planes[first + i * _PLANES : first + (i + 1) * _PLANES] for i in range(3))
-
-    steps = np.rint(planes[:_PLANES] * np.float32(GRID)).astype(np.float64)
-    steps *= compared
-    np.divide(_below(steps, compared), np.maximum(n - 1, 1), out=ranks, casting="same_kind")
-
-    amounts = _positive(planes[:_PLANES])
-    amounts *= GRID
-    np.rint(amounts, out=amounts)
-    amounts *= compared
-    mean = amounts.sum(axis=2, keepdims=True) / present
-    # Nothing anywhere in the slate: every item is as good as the mean.
-    nothing = mean <= 0
-    amounts += nothing
-    mean += nothing
-    np.divide(amounts, amounts + mean, out=shares, casting="same_kind")
-
-    steps -= steps.sum(axis=2, keepdims=True) / present
-    steps *= compared
-    squares = steps * steps
-    spread = np.sqrt(np.rint(squares, out=squares).sum(axis=2, keepdims=True) / present)
-    # A spread of less than a step is rounding.
-    steps *= np.where(spread >= 1, 1 / np.maximum(spread, 1), 0)
-    np.clip(steps, -Z_LIMIT, Z_LIMIT, out=zs, casting="same_kind")
-    for relative in (ranks, shares, zs):
-        relative[_AT["age"]] *= given
+    ranks, gaps = (planes[first + i * _PLANES : first + (i + 1) * _PLANES] for i in range(2))
+    steps = np.rint(planes[:_PLANES] * np.float32(GRID)).astype(np.int32)
+    np.divide(_below(steps, compared), others, out=ranks, casting="same_kind")
+    ranks *= compared
+    steps[~compared] = np.iinfo(np.int32).min
+    highest = steps.max(axis=2, keepdims=True)
+    np.multiply(np.where(compared, steps - highest, 0), np.float32(1 / GRID), out=gaps, casting="same_kind")
 
 
-def _positive(values: F32) -> F64:
-    """Return the compared planes as amounts that add up: counts, CTRs against the prior, softmax terms, hours."""
-    amounts = values.astype(np.float64)
-    amounts[_SIMS] *= SIM_SCALE
-    np.exp(amounts, out=amounts)
-    logs_of_one_more = np.ones(_PLANES, np.bool_)
-    logs_of_one_more[_CTRS] = logs_of_one_more[_SIMS] = False
-    amounts[logs_of_one_more] -= 1
-    return amounts
-
-
-def _below(steps: F64, compared: Bools) -> npt.NDArray[Any]:
+def _below(steps: npt.NDArray[np.int32], compared: Bools) -> npt.NDArray[Any]:
     """Return for each compared value how many compared ones of its slate are below it, int [P, S, C]."""
     width = steps.shape[2]
     # Value and place in one number: sorting those is several times as fast as an argsort, the narrow ones most so.

@@ -99,6 +99,7 @@ def raw_from_state(
         return raw
     raw.counters = np.log1p(counters.read_at(item_rows, time_ms)).astype(np.float16)
     raw.age_seconds = _ages(item_rows, time_ms, catalogue)
+    raw.first_seen_seconds = counters.first_seen_seconds(item_rows, time_ms)
     _fill_shown(raw, rows, item_rows, catalogue, users)
     raw.sims = sims_of(rows, item_rows, time_ms, vectors or catalogue.space_vectors, users, ranking)
     return raw

@@ -174,6 +174,7 @@ def _example(action: LoneAction, user: _User, drawn: UInt64, rate: float) -> tup
         propensities=b"",
         counters=bytes(2 * k * HALF_LIVES * KINDS),
         age_seconds=np.full(k, np.nan, "<f4").tobytes(),
+        first_seen_seconds=np.full(k, np.nan, "<f4").tobytes(),
         sims=bytes(4 * k),
         shown_counts=bytes(k),
         shown_age_seconds=np.full(k, np.nan, "<f4").tobytes(),

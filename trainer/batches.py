@@ -13,7 +13,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from models.counter_events import CLICKS, HALF_LIVES, IMPRESSIONS
+from models.counter_events import CLICKS, EXPECTED, HALF_LIVES, IMPRESSIONS
 from models.errors import TrainingError
 from models.examples import FeaturesRecord, raw_slates
 from models.features import FeatureConfig, RawSlates, encode
@@ -23,7 +23,7 @@ I64 = npt.NDArray[np.int64]
 OnProgress = Callable[[int, int], None]
 
 _RECORDS_AT_ONCE: Final = 256
-_STATE: Final = ("counters", "age_seconds", "sims", "shown_counts", "shown_age_seconds")
+_STATE: Final = ("counters", "age_seconds", "first_seen_seconds", "sims", "shown_counts", "shown_age_seconds")
 _BY_ITEM: Final = (*_STATE, "items", "positions")
 _BY_IMPRESSION: Final = ("recent_items", "recent_age_seconds", "recent_codes", "user_counts", "time_ms")
 LEAST_IMPRESSIONS: Final = 10
@@ -218,19 +218,24 @@ def time_order(training_set: TrainingSet) -> TrainingSet:
 
 
 def fit_priors(records: Sequence[FeaturesRecord]) -> FeatureConfig:
-    """Return the feature encoding with the mean CTR of each half-life that the impressed items' counters show."""
-    clicks, shown = np.zeros(HALF_LIVES), np.zeros(HALF_LIVES)
+    """Return the feature encoding with the mean rates of each half-life that the impressed items' counters show."""
+    clicks, shown, expected = np.zeros(HALF_LIVES), np.zeros(HALF_LIVES), np.zeros(HALF_LIVES)
     # Some at once: one slate of hundreds of items would pad all of a window to its length.
     for _, raw in padded_slates(records):
         counts = np.expm1(raw.counters[raw.valid].astype(np.float64))
         clicks += counts[:, :, CLICKS].sum(0)
         shown += counts[:, :, IMPRESSIONS].sum(0)
+        expected += counts[:, :, EXPECTED].sum(0)
     default = FeatureConfig()
     strength = default.prior_strength
     # Where little was counted the default stands.
     rates = (clicks + strength * np.array(default.prior_ctr)) / (shown + strength)
     first, second, third, fourth = np.clip(rates, 1e-4, 0.5).tolist()[:HALF_LIVES]
-    return FeatureConfig(prior_ctr=(first, second, third, fourth))
+    weight = default.coec_strength
+    ratios = np.clip((clicks + weight * np.array(default.prior_coec)) / (expected + weight), 1e-3, 1e3).tolist()
+    return FeatureConfig(
+        prior_ctr=(first, second, third, fourth), prior_coec=(ratios[0], ratios[1], ratios[2], ratios[3])
+    )
 
 
 def prepare(

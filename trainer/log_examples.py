@@ -54,6 +54,7 @@ _BY_ITEM: Final = (
     "propensities",
     "counters",
     "age_seconds",
+    "first_seen_seconds",
     "sims",
     "shown_counts",
     "shown_age_seconds",

@@ -45,8 +45,9 @@ def features(k: int, recent: int = 2, **changes: Any) -> FeaturesRecord:
         items=(place + np.uint64(2**63)).astype("<u8").tobytes(),
         positions=(place + np.uint64(1)).astype("<u2").tobytes(),
         propensities=b"",
-        counters=np.tile(place[:, None], 12).astype("<f2").tobytes(),
+        counters=np.tile(place[:, None], 16).astype("<f2").tobytes(),
         age_seconds=(place * np.uint64(60)).astype("<f4").tobytes(),
+        first_seen_seconds=(place * np.uint64(7)).astype("<f4").tobytes(),
         sims=np.tile(place[:, None] / 8, 2).astype("<f2").tobytes(),
         shown_counts=place.astype("u1").tobytes(),
         shown_age_seconds=np.full(k, np.nan, "<f4").tobytes(),
@@ -84,15 +85,15 @@ def test_a_labels_record_comes_back_as_it_was() -> None:
     assert decode_labels(encode(labels(revision=3))) == labels(revision=3)
 
 
-def test_an_impression_of_15_items_with_a_full_ring_has_1103_bytes() -> None:
-    assert len(encode(features(15, recent=16))) == 1103
+def test_an_impression_of_15_items_with_a_full_ring_has_1285_bytes() -> None:
+    assert len(encode(features(15, recent=16))) == 1285
 
 
 def test_slates_are_padded_to_the_longest_impression() -> None:
     raw = raw_slates([features(3, recent=0), features(5, recent=16)])
     assert raw.valid.tolist() == [[True] * 3 + [False] * 2, [True] * 5]
     assert raw.items[0].tolist() == [2**63, 2**63 + 1, 2**63 + 2, 0, 0]
-    assert raw.counters[1, 4].tolist() == [[4.0] * 3] * 4
+    assert raw.counters[1, 4].tolist() == [[4.0] * 4] * 4
     assert raw.sims[1, 2].tolist() == [0.25, 0.25]
     assert np.isnan(raw.age_seconds[0, 3:]).all()
     assert raw.recent_items[0].tolist() == [0] * 16
@@ -129,11 +130,16 @@ def test_slates_of_a_record_that_does_not_fit_are_refused_with_its_impression() 
         raw_slates([features(3), features(3, sims=b"1234")])
 
 
-@pytest.mark.parametrize("value", [b"", b"\x93\x01\x02\x03", b"{}", b"\xff" * 30, encode(labels())[:-3]])
+@pytest.mark.parametrize("value", [b"", b"\x93\xa1x\x02\x03", b"{}", b"\xff" * 30, encode(labels())[:-3]])
 def test_bytes_that_are_no_record_are_refused(value: bytes) -> None:
     for decode in (decode_features, decode_labels):
         with pytest.raises(RecordError, match="malformed"):
             decode(value)
+
+
+def test_features_of_an_earlier_version_are_refused_though_their_fields_are_others() -> None:
+    with pytest.raises(RecordError, match="version 1; this program reads 2"):
+        decode_features(msgspec.msgpack.encode([1, 7, "u", 0]))
 
 
 def test_a_record_of_a_later_version_is_refused() -> None:

@@ -141,6 +141,7 @@ def features(impression_id: int, user_id: str, experiment: str | None) -> Featur
         propensities=b"",
         counters=b"",
         age_seconds=b"",
+        first_seen_seconds=b"",
         sims=b"",
         shown_counts=b"",
         shown_age_seconds=b"",

@@ -9,10 +9,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from models.counter_events import CLICKS, EXPECTED, IMPRESSIONS, KINDS
 from models.errors import BundleError
 from models.features import COLUMNS, FeatureConfig, RawSlates, columns, encode, require_spec, spec_id
 
-CONFIG = FeatureConfig(prior_ctr=(0.1, 0.1, 0.1, 0.1), prior_strength=10.0)
+CONFIG = FeatureConfig(
+    prior_ctr=(0.1, 0.1, 0.1, 0.1), prior_strength=10.0, prior_coec=(2.0, 2.0, 2.0, 2.0), coec_strength=4.0
+)
+KIND_OF = {"impressions": IMPRESSIONS, "clicks": CLICKS, "expected": EXPECTED}
 MONDAY_6_UTC_MS = 1_704_088_800_000
 """2024-01-01T06:00:00Z."""
 
@@ -28,8 +32,8 @@ def slate(**fields: list[float]) -> RawSlates:
     raw.valid[:] = True
     raw.time_ms[:] = MONDAY_6_UTC_MS
     for name, values in fields.items():
-        if name in ("impressions", "clicks"):
-            kind = ("impressions", "clicks").index(name)
+        if name in KIND_OF:
+            kind = KIND_OF[name]
             raw.counters[0, :, :, kind] = np.log1p(np.array(values))[:, None]
         elif name == "sim":
             raw.sims[0, :, 0] = values
@@ -43,9 +47,10 @@ def random_slates(seed: int, slates: int, items: int) -> RawSlates:
     random = np.random.default_rng(seed)
     raw = RawSlates.empty(slates, items)
     raw.valid[:] = random.random((slates, items)) < 0.8
-    raw.counters[:] = np.log1p(random.poisson(random.gamma(0.4, 40, (slates, items, 1, 1)), (slates, items, 4, 3)))
+    raw.counters[:] = np.log1p(random.poisson(random.gamma(0.4, 40, (slates, items, 1, 1)), (slates, items, 4, KINDS)))
     ages = random.gamma(0.5, 2e5, (slates, items))
     raw.age_seconds[:] = np.where(random.random((slates, items)) < 0.3, np.nan, ages)
+    raw.first_seen_seconds[:] = np.where(random.random((slates, items)) < 0.3, np.nan, ages[::-1] / 9)
     raw.sims[:] = random.normal(0, 0.3, (slates, items, 2)) * (random.random((slates, items, 1)) < 0.9)
     raw.shown_counts[:] = random.poisson(0.3, (slates, items))
     raw.shown_age_seconds[:] = np.where(raw.shown_counts > 0, random.gamma(1, 9e3, (slates, items)), np.nan)
@@ -61,7 +66,7 @@ def garbage() -> RawSlates:
     worst = [np.nan, np.inf, -np.inf, 65504, -65504, 0]
     raw.counters[:] = np.array(worst, np.float16)[None, :, None, None]
     raw.sims[:] = np.array(worst, np.float16)[None, :, None]
-    raw.age_seconds[:] = raw.shown_age_seconds[:] = np.array([np.nan, np.inf, -np.inf, 3e38, -3e38, 0], np.float32)
+    raw.age_seconds[:] = raw.first_seen_seconds[:] = raw.shown_age_seconds[:] = np.array([np.nan, np.inf, -np.inf, 3e38, -3e38, 0], np.float32)
     raw.shown_counts[:] = 255
     raw.user_counts[:] = 2**32 - 1
     raw.time_ms[:] = -(2**61)
@@ -89,7 +94,7 @@ def test_permuting_the_items_permutes_the_rows_bit_for_bit(seed: int, slates: in
     raw = random_slates(seed, slates, items)
     order = np.random.default_rng(seed + 1).permutation(items)
     other = random_slates(seed, slates, items)
-    for name in ("valid", "counters", "age_seconds", "sims", "shown_counts", "shown_age_seconds"):
+    for name in ("valid", "counters", "age_seconds", "first_seen_seconds", "sims", "shown_counts", "shown_age_seconds"):
         setattr(other, name, getattr(raw, name)[:, order])
     assert np.array_equal(encode(other, CONFIG), encode(raw, CONFIG)[:, order])
 
@@ -108,9 +113,9 @@ def test_padding_and_the_rest_of_the_batch_change_no_bit(seed: int, slates: int,
         assert np.array_equal(encode(padded, CONFIG)[0, :items], together[s])
 
 
-def test_an_item_alone_has_the_lowest_rank_the_mean_share_and_no_z_score() -> None:
+def test_an_item_alone_has_the_lowest_rank_and_no_gap() -> None:
     x = encode(slate(clicks=[3.0]), CONFIG)
-    assert [column(x, f"clicks_first_{kind}") for kind in ("rank", "share", "z")] == [[0.0], [0.5], [0.0]]
+    assert [column(x, f"clicks_first_{kind}") for kind in ("rank", "gap")] == [[0.0], [0.0]]
 
 
 def test_ties_share_the_lowest_rank() -> None:
@@ -123,21 +128,29 @@ def test_ties_share_the_lowest_rank() -> None:
     ]
 
 
-def test_a_share_is_the_part_of_an_item_beside_the_mean() -> None:
-    x = encode(slate(clicks=[6.0, 2.0, 1.0, 3.0]), CONFIG)
-    assert np.allclose(column(x, "clicks_first_share"), [6 / 9, 2 / 5, 1 / 4, 3 / 6], atol=2e-3)
+def test_a_gap_is_what_is_lacking_to_the_highest_of_the_slate() -> None:
+    x = encode(slate(sim=[0.25, 0.5, -0.25]), CONFIG)
+    assert column(x, "sim_short_gap") == [-0.25, 0.0, -0.75]
 
 
-def test_the_same_items_twice_have_the_same_shares_and_z_scores() -> None:
-    once = encode(slate(clicks=[6.0, 2.0, 1.0, 3.0]), CONFIG)
-    twice = encode(slate(clicks=[6.0, 2.0, 1.0, 3.0] * 2), CONFIG)
-    for kind in ("share", "z"):
-        assert column(twice, f"clicks_first_{kind}") == column(once, f"clicks_first_{kind}") * 2
+def test_clicks_over_expected_clicks_are_told_against_the_mean_ratio() -> None:
+    x = encode(slate(clicks=[12.0, 0.0], expected=[3.0, 0.0]), CONFIG)
+    # (12 / 2 + 4) / (3 + 4); nothing seen is the mean ratio itself.
+    assert np.allclose(column(x, "coec_first"), [np.log(10 / 7), 0.0], atol=5e-3)
 
 
-def test_z_scores_have_mean_zero_and_spread_one() -> None:
-    z = column(encode(slate(sim=[0.1, 0.5, -0.3, 0.2]), CONFIG), "sim_short_z")
-    assert np.allclose([np.mean(z), np.std(z)], [0, 1], atol=1e-3)
+def test_quick_columns_believe_few_events_more() -> None:
+    x = encode(slate(impressions=[4.0], clicks=[4.0], expected=[0.4]), CONFIG)
+    assert column(x, "quick_ctr_first")[0] > column(x, "ctr_first")[0] > 0
+    assert column(x, "quick_coec_first")[0] > column(x, "coec_first")[0] > 0
+
+
+def test_an_item_that_nobody_was_shown_takes_no_part_in_the_ranks_of_first_seen() -> None:
+    x = encode(slate(first_seen_seconds=[60.0, float("nan"), 180.0]), CONFIG)
+    assert column(x, "first_seen") == [round(float(np.log(2)), 4), 0.0, round(float(np.log(4)), 4)]
+    assert column(x, "first_seen_given") == [1.0, 0.0, 1.0]
+    assert column(x, "first_seen_rank") == [0.0, 0.0, 1.0]
+    assert column(x, "first_seen_gap") == [round(-float(np.log(2)), 4), 0.0, 0.0]
 
 
 def test_a_ctr_is_told_against_the_prior() -> None:
@@ -162,6 +175,7 @@ def test_an_item_never_shown_has_no_recency() -> None:
     raw = slate(shown_counts=[2, 0], shown_age_seconds=[3600.0, float("nan")])
     x = encode(raw, CONFIG)
     assert column(x, "shown_recency") == [0.5, 0.0]
+    assert column(x, "shown_just_now") == [round(1 / 31, 4), 0.0]
     assert column(x, "shown_ever") == [1.0, 0.0]
 
 
@@ -178,8 +192,8 @@ def test_the_slate_length_and_the_positions_are_in_no_column() -> None:
 
 
 def test_the_spec_id_stays_as_bundles_have_written_it() -> None:
-    assert spec_id(FeatureConfig()) == "features-1-e0533dda0d64"
-    assert len(columns(FeatureConfig())) == len(set(COLUMNS)) == 76
+    assert spec_id(FeatureConfig()) == "features-2-6990ebeefa34"
+    assert len(columns(FeatureConfig())) == len(set(COLUMNS)) == 104
 
 
 def test_other_priors_are_the_same_spec() -> None:
@@ -187,8 +201,8 @@ def test_other_priors_are_the_same_spec() -> None:
 
 
 def test_a_bundle_of_another_spec_is_refused_by_name() -> None:
-    with pytest.raises(BundleError, match=r"feature-spec: .*'features-2-0123456789ab'.*kept"):
-        require_spec("features-2-0123456789ab", CONFIG)
+    with pytest.raises(BundleError, match=r"feature-spec: .*'features-1-0123456789ab'.*kept"):
+        require_spec("features-1-0123456789ab", CONFIG)
 
 
 def test_a_bundle_lists_its_columns_and_one_that_is_not_known_is_refused() -> None:
@@ -205,6 +219,6 @@ def test_the_same_columns_in_another_order_are_refused() -> None:
 
 def test_the_documentation_tells_of_every_column() -> None:
     text = (Path(__file__).resolve().parents[2] / "docs" / "features.md").read_text("utf-8")
-    plain = [name for name in COLUMNS if not name.endswith(("_rank", "_share", "_z", "_second", "_third"))]
+    plain = [name for name in COLUMNS if not name.endswith(("_rank", "_gap", "_second", "_third"))]
     assert [name for name in plain if f"`{name}`" not in text] == []
     assert f"{len(COLUMNS)} of them" in text
