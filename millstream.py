@@ -221,6 +221,60 @@ def import_log(
 
 
 @app.command()
+def replay(
+    kind: Annotated[str, typer.Argument(metavar="FORMAT", help="As for import: ebnerd, mind or jsonl.")],
+    paths: Annotated[list[Path], typer.Argument(metavar="PATH...", help="Folders of parts, or one above its parts.")],
+    score: Annotated[Path | None, typer.Option(help="Part whose impressions count; default: the last one.")] = None,
+    feedback_delay: Annotated[
+        list[str] | None,
+        typer.Option(help="How late events arrive: 0s, 5m, 1h, 1d; may be repeated. Default: 0s, 5m, 1h, 1d."),
+    ] = None,
+    retrain_every: Annotated[str, typer.Option(help="Time between two trainings of a model; 0: once only.")] = "1d",
+    unclicked_weight: Annotated[
+        float,
+        typer.Option(
+            min=1.0,
+            max=1_000.0,
+            help="Where the scored part kept only some of the unclicked items: each of them counts as this many "
+            "impressions, and what is trained on is thinned alike.",
+        ),
+    ] = 1.0,
+    modes: Annotated[str, typer.Option(help="Of frozen, live, retrained, with commas.")] = "frozen,live,retrained",
+    slates: Annotated[int, typer.Option(min=0, help="Impressions at which a slate of ours is made; 0: none.")] = 2_000,
+    texts: Annotated[bool, typer.Option(help="Encode item texts, where there are any.")] = True,
+    jobs: Annotated[int | None, typer.Option(min=1, help="Processes; default: a core for each delay.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of weights, draws and intervals.")] = 0,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write all figures there.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Write the picture there, PNG.")] = None,
+    report: Annotated[Path | None, typer.Option(help="Write a report there, one HTML file.")] = None,
+    config: ConfigOption = None,
+) -> None:
+    """What does staleness cost on your log? The code that serves, over a recorded log at feedback delays; no Kafka."""
+    from streams.settings import load
+    from trainer.replay_run import CoreSettings, ReplayOptions, run
+
+    settings = load(config)
+    core = CoreSettings(settings.user_state, settings.counters, settings.joiner, settings.recommender, settings.encoder)
+    options = ReplayOptions(
+        kind=kind,
+        paths=paths,
+        score=score,
+        delays=feedback_delay or ("0s", "5m", "1h", "1d"),
+        retrain_every=retrain_every,
+        modes=modes,
+        unclicked_weight=unclicked_weight,
+        slates=slates,
+        seed=seed,
+        jobs=jobs,
+        texts=texts,
+        json_file=json_file,
+        plot_file=plot,
+        report_file=report,
+    )
+    run(options, core, typer.echo)
+
+
+@app.command()
 def publish(
     kind: Annotated[str, typer.Argument(help="events, items or users.")],
     file: Annotated[str, typer.Argument(help="JSON lines; - is standard input.")] = "-",

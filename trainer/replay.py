@@ -105,9 +105,9 @@ class ReplayResult:
         )
 
     def best(self, feedback_delay_seconds: float) -> ModeResult:
-        """Return the row with the highest AUC at a delay: what a worker with this delay would run."""
+        """Return the row with the highest AUC at a delay, of equals the simplest: what a worker would run."""
         rows = [row for row in self.results if row.feedback_delay_seconds == feedback_delay_seconds]
-        return max(rows, key=lambda row: (np.nan_to_num(row.measures.auc.mean, nan=-1.0), MODES.index(row.mode)))
+        return max(rows, key=lambda row: (np.nan_to_num(row.measures.auc.mean, nan=-1.0), -MODES.index(row.mode)))
 
 
 def replay(

@@ -98,6 +98,7 @@ class Delay:
             config.seed,
         )
         self._learner: Learner
+        self._steps = 0
 
     def run(self) -> list[ModeResult]:
         """Read the log for each state that is wanted, train, score and measure.
@@ -196,7 +197,9 @@ class Delay:
         return models
 
     def _training(self, step: str, done: int, total: int | None) -> None:
-        self._show(f"training: {step}", done, total)
+        # One line for all models: how many epochs the next one takes is not known.
+        self._steps += 1
+        self._show("training", self._steps, None)
 
     def _scored(self, examples: LogExamples) -> _Scored:
         """Return the impressions that count and have a label."""

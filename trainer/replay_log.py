@@ -33,7 +33,9 @@ _PROGRESS_EVERY: Final = 20_000
 class Source(Protocol):
     """Where the log of a replay comes from: each process opens it for itself."""
 
-    kind: str
+    @property
+    def kind(self) -> str:
+        """The kind of log, as `import` names it."""
 
     @property
     def names(self) -> tuple[str, ...]:

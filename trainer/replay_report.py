@@ -1,12 +1,9 @@
-"""What a replay found, for people and programs: JSON with stable names, a table, a paragraph, one HTML file."""
+"""What a replay found, for people and programs: JSON with stable names, a table, sentences."""
 
 from __future__ import annotations
 
-import base64
 import datetime as dt
-import html
 import math
-from collections.abc import Sequence
 from typing import Any, Final
 
 from rich.table import Table
@@ -18,8 +15,8 @@ from trainer.replay_slates import SlateMeasures
 
 MODE_TEXTS: Final = {
     "frozen": "all frozen",
-    "live": "counters and users live",
-    "retrained": "live, model retrained",
+    "live": "model frozen, rest live",
+    "retrained": "model retrained too",
 }
 """What each mode is called where people read."""
 SLICE_TEXTS: Final = {"new_item": "new item clicked", "new_user": "new user", "warm": "neither new"}
@@ -39,7 +36,7 @@ def as_json(result: ReplayResult) -> dict[str, Any]:
         "items": result.items,
         "impressions": result.impressions,
         "scored_impressions": result.scored,
-        "scored_from": _time_text(result.start_ms),
+        "scored_from": time_text(result.start_ms),
         "tick_seconds": result.tick_seconds,
         "item_vectors": result.has_item_vectors,
         "seconds": round(result.seconds, 1),
@@ -121,16 +118,13 @@ def sentence(result: ReplayResult) -> str:
     if len(delays) > 1:
         moved = "falls" if last < first - _LEAST_GAP else "rises" if last > first + _LEAST_GAP else "stays"
         how = "stays about" if moved == "stays" else f"{moved} from {first:.3f} to"
-        late = delay_text(delays[-1])
-        return (
-            f"When feedback comes {late} late instead of {delay_text(delays[0])}, ranking quality {how} {last:.3f} AUC"
-        )
+        return f"If feedback comes {_late(delays[-1])}, not {_late(delays[0])}, ranking quality {how} {last:.3f} AUC"
     frozen = result.row("frozen", delays[0])
     best = result.best(delays[0])
     if frozen is not None and best.mode != "frozen":
         gain = best.measures.auc.mean - frozen.measures.auc.mean
         return f"Keeping up with the events is worth {gain:+.3f} AUC against a system frozen at the start"
-    return f"With feedback {delay_text(delays[0])} late, the ranking has an AUC of {first:.3f}"
+    return f"With feedback {_late(delays[0])}, the ranking has an AUC of {first:.3f}"
 
 
 def costs(result: ReplayResult) -> list[str]:
@@ -143,14 +137,14 @@ def costs(result: ReplayResult) -> list[str]:
         measures = best.measures
         if delay == delays[0]:
             text = (
-                f"With feedback {delay_text(delay)} late, a clicked item ranks above an unclicked one of its impression "
-                f"in {_percent(measures.auc.mean)} of the cases, and {_percent(measures.clicks_in_top_5)} of the clicks "
+                f"With feedback {_late(delay)}, a clicked item ranks above an unclicked one of its impression in "
+                f"{_percent(measures.auc.mean)} of the cases, and {_percent(measures.clicks_in_top_5)} of the clicks "
                 "fall on the five that we put first"
             )
         else:
             text = (
-                f"{delay_text(delay)} late costs {_points(base.auc.mean - measures.auc.mean)} of AUC against "
-                f"{delay_text(delays[0])}; the first five hold {_percent(measures.clicks_in_top_5)} of the clicks, "
+                f"{delay_words(delay)} late costs {_points(base.auc.mean - measures.auc.mean)} of AUC against "
+                f"feedback {_late(delays[0])}; the first five hold {_percent(measures.clicks_in_top_5)} of the clicks, "
                 f"{_points(base.clicks_in_top_5 - measures.clicks_in_top_5)} fewer"
             )
         gain = best.over_frozen
@@ -158,7 +152,7 @@ def costs(result: ReplayResult) -> list[str]:
             certain = "" if gain.low <= 0 <= gain.high else ", beyond chance"
             text += (
                 f"; against a system that stands still it is {_points(gain.mean)} better "
-                f"(95 % interval {_points(gain.low)} to {_points(gain.high)}{certain})"
+                f"(95 % interval {100 * gain.low:.1f} to {100 * gain.high:.1f}{certain})"
             )
         lines.append(text + f". Best mode: {MODE_TEXTS[best.mode]}.")
     return lines
@@ -225,80 +219,19 @@ def slate_lines(result: ReplayResult) -> list[str]:
     return told
 
 
-def as_html(result: ReplayResult, picture: bytes) -> str:
-    """Return the report as one HTML file that asks for nothing from outside; ``picture``: PNG."""
-    image = base64.b64encode(picture).decode()
-    about = (
-        f"{result.events:,} events of {result.users:,} users and {result.items:,} items; {result.scored:,} of "
-        f"{result.impressions:,} impressions are scored, those from {_time_text(result.start_ms)} on"
-    )
-    rows = [[delay_text(row.feedback_delay_seconds), MODE_TEXTS[row.mode], *cells(row)] for row in result.results]
-    slices = [
-        [
-            delay_text(row.feedback_delay_seconds),
-            MODE_TEXTS[row.mode],
-            SLICE_TEXTS.get(name, name),
-            f"{part.impressions:,}",
-            _figure(part.auc.mean),
-            _figure(part.ndcg_10),
-        ]
-        for row in result.results
-        for name, part in row.measures.slices.items()
-    ]
-    return _PAGE.format(
-        title=html.escape(sentence(result)),
-        about=html.escape(f"Log: {result.kind}, {', '.join(result.names)}. {about}."),
-        image=image,
-        costs="".join(f"<li>{html.escape(line)}</li>" for line in costs(result)),
-        rows=_html_table(["Delay", "Mode", *COLUMNS], rows),
-        slices=_html_table(["Delay", "Mode", "Slice", "Impressions", "AUC", "nDCG@10"], slices),
-        slates=_slates_html(result),
-        version=html.escape(result.version),
-        seconds=f"{result.seconds:,.0f}",
-        seed=result.config.seed,
-    )
-
-
-def _slates_html(result: ReplayResult) -> str:
-    found = [(row, row.slates) for row in result.results if row.slates is not None]
-    if not found:
-        return ""
-    names = list(dict.fromkeys(name for _, slates in found for name in slates.source_recall))
-    head = ["Delay", "Mode", f"Recall@{found[0][1].k}", "Coverage", "Gini", "Tail", "Novelty, bits", "Diversity"]
-    rows = []
-    for row, s in found:
-        figures = (s.recall, s.coverage, s.gini, s.tail_share, s.novelty, s.intra_list_diversity)
-        own = [_figure(value) for value in figures]
-        rows.append([delay_text(row.feedback_delay_seconds), MODE_TEXTS[row.mode], *own])
-    recall = [
-        [
-            delay_text(row.feedback_delay_seconds),
-            MODE_TEXTS[row.mode],
-            *(_figure(s.source_recall.get(name, math.nan)) for name in names),
-        ]
-        for row, s in found
-    ]
-    return (
-        "<h2>The slates that we would have sent</h2><p>Recall is the share of the clicked items that our slate holds. "
-        "The log cannot say whether a user would have clicked on what it did not show, so this is no click rate.</p>"
-        + _html_table(head, rows)
-        + "<h3>Share of the clicked items among 200 candidates of each source</h3>"
-        + _html_table(["Delay", "Mode", *names], recall)
-    )
-
-
-def _html_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    top = "".join(f"<th>{html.escape(name)}</th>" for name in head)
-    body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return f'<div class="wide"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
-
-
 def _number(value: float) -> float | None:
     return None if math.isnan(value) else round(float(value), 6)
 
 
-def _figure(value: float) -> str:
-    return "–" if math.isnan(value) else f"{value:.3f}"
+def delay_words(seconds: float) -> str:
+    """Return a delay in whole words: ``0 seconds``, ``1 hour``."""
+    number, unit = delay_text(seconds).split(" ")
+    word = {"s": "second", "min": "minute", "h": "hour", "d": "day"}[unit]
+    return f"{number} {word}" if number == "1" else f"{number} {word}s"
+
+
+def _late(seconds: float) -> str:
+    return f"{delay_words(seconds)} late" if seconds else "at once"
 
 
 def _percent(share: float) -> str:
@@ -309,52 +242,6 @@ def _points(difference: float) -> str:
     return f"{100 * difference:.1f} points"
 
 
-def _time_text(time_ms: int) -> str:
+def time_text(time_ms: int) -> str:
+    """Return a time in UTC as RFC 3339 has it."""
     return dt.datetime.fromtimestamp(time_ms / 1000, dt.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-
-
-_PAGE: Final = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>What staleness costs</title>
-<style>
-body {{ font: 16px/1.5 system-ui, sans-serif; color: #222; background: #fff; margin: 2rem auto; max-width: 62rem;
-       padding: 0 1rem; }}
-h1 {{ font-size: 1.5rem; line-height: 1.3; }}
-img {{ max-width: 100%; height: auto; }}
-.wide {{ overflow-x: auto; }}
-table {{ border-collapse: collapse; font-size: 0.85rem; margin: 1rem 0; }}
-th, td {{ padding: 0.25rem 0.6rem; text-align: right; border-bottom: 1px solid #ddd; white-space: nowrap; }}
-th:nth-child(-n+2), td:nth-child(-n+2) {{ text-align: left; }}
-.small {{ color: #666; font-size: 0.85rem; }}
-</style>
-</head>
-<body>
-<h1>{title}</h1>
-<p>{about}</p>
-<img alt="{title}" src="data:image/png;base64,{image}">
-<h2>What staleness costs on this log</h2>
-<ul>{costs}</ul>
-<p><b>All frozen</b>: model, item counters and user histories as they were when the scored part began. <b>Counters and
-users live</b>: the same model; counters and users go on, each event that much later than it happened. <b>Live, model
-retrained</b>: and the model is trained again as labels close. A worker would run the best mode of its delay.</p>
-<h2>All figures</h2>
-{rows}
-<p class="small">AUC: how often a clicked item ranks above an unclicked one of the same impression, mean over
-impressions. Intervals: bootstrap over users. Over frozen: paired difference at the same delay. ECE: expected calibration error.</p>
-<h2>New items, new users</h2>
-{slices}
-{slates}
-<h2>How such a replay can fool you</h2>
-<ul>
-<li>The log shows what another system chose to show; what that one never showed is judged by nobody.</li>
-<li>A log that kept only some of the unclicked items makes them look rare: say so with <code>--unclicked-weight</code>.
-</li>
-<li>Retraining is taken to need no time here.</li>
-</ul>
-<p class="small">millstream {version}, {seconds} s, seed {seed}.</p>
-</body>
-</html>
-"""

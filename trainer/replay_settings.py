@@ -2,17 +2,34 @@
 
 from __future__ import annotations
 
+import re
 from typing import Final, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from models.counters import CountersConfig
+from models.errors import ReplayError
 from models.joiner import JoinerConfig
 from models.surfaces import RecommenderConfig
 from models.user_events import UserStateConfig
 
 Mode = Literal["frozen", "live", "retrained"]
 MODES: Final[tuple[Mode, ...]] = ("frozen", "live", "retrained")
+
+
+_UNITS_SECONDS: Final = {"": 1, "s": 1, "m": 60, "min": 60, "h": 3_600, "d": 86_400}
+_DURATION: Final = re.compile(r"(\d+(?:\.\d+)?)\s*([a-z]*)")
+
+
+def duration_seconds(text: str, name: str) -> float:
+    """Return what a text like ``0s``, ``5m``, ``1.5h`` or ``1d`` says, seconds.
+
+    ``name``: of the option, for the ReplayError that any other text raises.
+    """
+    found = _DURATION.fullmatch(text.strip().lower())
+    if found is None or found[2] not in _UNITS_SECONDS:
+        raise ReplayError(f"{name}: {text!r} is no length of time; write it as 0s, 90s, 5m, 1h or 1d")
+    return float(found[1]) * _UNITS_SECONDS[found[2]]
 
 
 class ReplayConfig(BaseModel):
