@@ -65,6 +65,9 @@ class TowerConfig(BaseModel):
         32, ge=1, le=65_536, description="Most clicks on one item in a step; an item is drawn by the root of these."
     )
     least_clicks: int = Field(2, ge=1, description="Items with fewer clicks are not drawn.")
+    encoder_share: float = Field(
+        1.0, gt=0, le=1, description="How far from its first to its last weights the encoder goes in the end."
+    )
 
 
 @dataclass(slots=True)
@@ -195,6 +198,7 @@ class _Learner:
         self._optimiser = torch.optim.AdamW(groups, weight_decay=0.0)
         self._trained = [p for group in self._optimiser.param_groups for p in group["params"]]
         self._schedule = warm_up_and_decay(self._optimiser, towers.steps, config.warm_up_share)
+        self._first = [] if self._layers is None else [p.detach().clone() for p in self._layers.parameters]
 
     def run(self) -> list[float]:
         """Take all steps; return the mean losses."""
@@ -202,6 +206,7 @@ class _Learner:
         for step in range(self._towers.steps):
             losses.append(self._step())
             self._show("towers", step + 1, self._towers.steps)
+        self._draw_back()
         return [float(np.mean(losses[i : i + LOSSES_AT_ONCE])) for i in range(0, len(losses), LOSSES_AT_ONCE)]
 
     def result(self, new_space_id: str) -> StartingPoint:
@@ -229,6 +234,15 @@ class _Learner:
         schedule = warm_up_and_decay(optimiser, self._towers.steps, config.warm_up_share)
         scaler = torch.amp.GradScaler(self._device.type, enabled=False)
         return TrainedBase(self._layers, text_of_item, self._device, optimiser, schedule, config.clip_norm, scaler)
+
+    def _draw_back(self) -> None:
+        """Take the encoder part of the way back: between both weights lie those that serve new items best.
+
+        Wortsman et al. 2022, "Robust fine-tuning of zero-shot models", equation 1.
+        """
+        with torch.no_grad():
+            for first, last in zip(self._first, [] if self._layers is None else self._layers.parameters, strict=True):
+                last.lerp_(first, 1.0 - self._towers.encoder_share)
 
     def _draw(self) -> tuple[I64, I64]:
         """Return the live items of a step, rising, and places of clicks on them."""

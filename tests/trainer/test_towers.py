@@ -85,6 +85,19 @@ def test_the_same_seed_gives_the_same_weights(encoder: TextEncoder, tmp_path: Pa
     assert np.array_equal(one.space.projection, two.space.projection)
 
 
+def test_a_share_of_what_the_encoder_learned_lies_between_its_first_and_last_weights(encoder: TextEncoder) -> None:
+    config, deltas = TrainingConfig(encoder="top", encoder_learning_rate=1e-2), []
+    for share in (1.0, 0.25):
+        towers = TowerConfig(steps=3, items=24, encoder_share=share)
+        learned, _ = learn_towers(histories(), world.texts(), world.starting_point(encoder), config, towers)
+        assert learned.delta is not None
+        deltas.append(learned.delta.tensors)
+    first = {name: value.numpy() for name, value in encoder.module.state_dict().items()}
+    for name, last in deltas[0].items():
+        assert np.allclose(deltas[1][name], 0.75 * first[name] + 0.25 * last, atol=1e-6)
+    assert any(not np.allclose(first[name], last, atol=1e-4) for name, last in deltas[0].items())
+
+
 def test_what_a_user_acted_on_is_no_negative_for_him(encoder: TextEncoder) -> None:
     # Both users have the same two items: nothing is left to tell the click apart from, and nothing is lost.
     alike = {name: [world.item_hash(0), world.item_hash(1), world.item_hash(0)] for name in "ab"}
