@@ -113,7 +113,7 @@ def log_examples(
     config = config or LogConfig()
     replay = _Replay(catalogue, space_id, config, on_reads, cut_at)
     events = 0
-    for block in blocks(reader.events(), config.block_seconds, cut_at):
+    for block in blocks(reader.events(), config.block_seconds):
         replay.take(block)
         events += len(block)
         on_progress(events)

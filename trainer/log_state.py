@@ -131,14 +131,13 @@ class _Arrival:
     """None: the counters do not take it."""
 
 
-def blocks(events: Iterator[LogEvent], seconds: float, cut_at: Container[int] = ()) -> Iterator[list[LogEvent]]:
-    """Cut events into blocks, none longer than ``seconds`` of event time; those at the places ``cut_at`` begin one."""
+def blocks(events: Iterator[LogEvent], seconds: float) -> Iterator[list[LogEvent]]:
+    """Cut events into blocks, none longer than ``seconds`` of event time."""
     block: list[LogEvent] = []
     impressions = 0
-    for place, event in enumerate(events):
+    for event in events:
         if block and (
-            place in cut_at
-            or len(block) >= BLOCK_EVENTS
+            len(block) >= BLOCK_EVENTS
             or impressions >= BLOCK_IMPRESSIONS
             or event.time_ms - block[0].time_ms > seconds * 1_000
         ):
