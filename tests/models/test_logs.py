@@ -289,7 +289,13 @@ def test_ebnerd_article_named_twice_as_clicked_is_one_click(tmp_path: Path) -> N
 
 def test_ebnerd_items_are_known_by_id_where_there_are_no_articles(tmp_path: Path) -> None:
     log = ebnerd(tmp_path, [behavior(1, 9, "2023-05-18 07:00:00", [5, 6], [6])], [past(9, ("2023-05-17 12:00:00", 4))])
-    assert list(log.items()) == [Item(item_id="4"), Item(item_id="5"), Item(item_id="6")]
+    assert [(item.item_id, item.title) for item in log.items()] == [("4", ""), ("5", ""), ("6", "")]
+
+
+def test_ebnerd_article_of_a_greater_id_is_the_younger_one(tmp_path: Path) -> None:
+    log = ebnerd(tmp_path, [behavior(1, 9, "2023-05-18 07:00:00", [9_770_000, 9_760_000], [9_760_000])])
+    published = {item.item_id: item.published_at for item in log.items()}
+    assert published == {"9760000": 1_683_743_200_000, "9770000": 1_684_303_200_000}
 
 
 def test_ebnerd_articles_have_text_and_publication_but_no_later_totals(tmp_path: Path) -> None:
@@ -318,7 +324,7 @@ def test_ebnerd_articles_have_text_and_publication_but_no_later_totals(tmp_path:
         published_at=at("2023-05-17 12:00:00"),
         attributes={"premium": True},
     )
-    assert second == Item(item_id="6")
+    assert (second.item_id, second.title) == ("6", "")
 
 
 def test_ebnerd_impression_without_items_is_left_out_and_counted(tmp_path: Path) -> None:
