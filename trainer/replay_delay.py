@@ -106,7 +106,7 @@ class Delay:
         Raises ReplayError where there is nothing to learn from, EncoderError, and LogFormatError as the reader does.
         """
         wanted = self._config.wanted
-        seen = self._pass("reading, live", False)
+        seen = self.examples("reading, live", False)
         scored = self._scored(seen)
         self._learner = Learner(seen, self._items, self._schedule, head_recipe(), self._training)
         models = self._models(scored, "retrained" in wanted)
@@ -129,7 +129,7 @@ class Delay:
             self._show("measuring", len(rows), len(wanted))
         return rows
 
-    def _pass(
+    def examples(
         self,
         step: str,
         frozen: bool,
@@ -166,7 +166,7 @@ class Delay:
     ) -> tuple[LogExamples, dict[Mode, SlateMeasures]]:
         """Let the log go through once more, and make slates at the impressions of ``clicked``."""
         if not clicked:
-            return self._pass(step, frozen), {}
+            return self.examples(step, frozen), {}
         catalogue = whole_catalogue(self._source.open(), self._survey, self._table)
         maker = SlateMaker(
             catalogue,
@@ -185,7 +185,7 @@ class Delay:
                     user = reads.events[i].event.user_id
                     maker.take(offset, int(reads.times_ms[i]), user, reads.rows[i : i + 1], reads.counters)
 
-        seen = self._pass(step, frozen, on_reads, frozenset(clicked), catalogue)
+        seen = self.examples(step, frozen, on_reads, frozenset(clicked), catalogue)
         return seen, {mode: maker.measures(mode) for mode in models}
 
     def _models(self, scored: _Scored, again: bool) -> Models:

@@ -32,6 +32,8 @@ F32 = npt.NDArray[np.float32]
 Bools = npt.NDArray[np.bool_]
 
 NO_TEXTS: Final = "no-texts"
+AGAIN_EPOCHS_SHARE: Final = 0.25
+"""Of the epochs of the first training, at half its rate: a model that goes on needs less than one that begins."""
 COPIES_OF_A_CLICK: Final = 4
 """Times that a click is compared, each with other unclicked items, where slates are thinned."""
 
@@ -166,7 +168,8 @@ class Learner:
         start = StartingPoint(self._items.space, self._encoder, None, scorer, features)
         alike = like_the_scored(known, self._schedule, self._unclicked())
         chosen = TrainingSet(alike.records, alike.labels, self._items.texts)
-        return train(chosen, start, self._config, cache_folder=self._items.cache, on_progress=self._show)
+        config = self._config if parent is None else again(self._config)
+        return train(chosen, start, config, cache_folder=self._items.cache, on_progress=self._show)
 
     def _unclicked(self) -> int:
         """Return how many unclicked items the scored part kept for a click, the median over its impressions."""
@@ -177,6 +180,12 @@ class Learner:
                 if record.time_ms >= self._schedule.start_ms
             ]
         )
+
+
+def again(config: TrainingConfig) -> TrainingConfig:
+    """Return how a model goes on that was trained with ``config``."""
+    epochs = max(1, round(config.epochs * AGAIN_EPOCHS_SHARE))
+    return config.model_copy(update={"epochs": epochs, "learning_rate": config.learning_rate / 2})
 
 
 def unclicked_per_click(labels: Sequence[F32]) -> int:
