@@ -70,7 +70,7 @@ def run(options: ReplayOptions, core: CoreSettings, say: Say) -> ReplayResult:
         require_matplotlib()
     source = find_parts(options.kind, options.paths, options.score)
     jobs = options.jobs or min(_cores(), len(set(config.delays_seconds)))
-    with progress() as show:
+    with progress(sys.stderr) as show:
         result = replay(
             source, config, encoder=_encoder(core.encoder, say) if options.texts else None, jobs=jobs, show=show
         )
