@@ -48,7 +48,7 @@ class ModeResult:
     over_frozen: Interval | None
     """Its AUC less that of ``frozen`` at the same delay, paired; None for ``frozen``, or without it."""
     models: int
-    """How many models made its scores, one after another."""
+    """How many models made its scores, one after another; a training that could not be done leaves the one before."""
     trained_on: int
     """Impressions whose labels were known when the scored part began, the first ones left out."""
     slates: SlateMeasures | None
@@ -193,7 +193,9 @@ class Delay:
         every_ms = round(self._config.retrain_every_seconds * 1000) if again else 0
         last_ms = scored.records[-1].time_ms if scored.records else 0
         for at_ms in self._schedule.trainings(every_ms, last_ms):
-            models.append((at_ms, self._learner.again(models[-1][1], at_ms)))
+            model = self._learner.again(models[-1][1], at_ms)
+            if model is not models[-1][1]:
+                models.append((at_ms, model))
         return models
 
     def _training(self, step: str, done: int, total: int | None) -> None:

@@ -60,7 +60,8 @@ class Parts:
     @property
     def names(self) -> tuple[str, ...]:
         """Return the last names of the parts, which say nothing of this machine."""
-        return tuple(path.resolve().name for path in self.paths)
+        above = {path.parent for path in self.paths}
+        return tuple(path.resolve().name for path in self.paths if path not in above)
 
     def open(self) -> LogReader:
         """Return a reader of the whole log."""

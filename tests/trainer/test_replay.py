@@ -15,7 +15,7 @@ from models.events import Impression
 from models.hashing import hash64
 from models.logs import LogReader, open_log
 from models.user_events import UserStateConfig
-from tests.trainer.replay_logs import HOUR, START_MS, Written, click, impression, write_log
+from tests.trainer.replay_logs import HOUR, START_MS, Line, Written, click, impression, write_log
 from trainer.log_examples import LogExamples
 from trainer.replay import ReplayConfig, ReplayResult, find_parts, replay
 from trainer.replay_delay import Delay, tick_seconds
@@ -220,7 +220,7 @@ def survey_at(times_ms: Sequence[int]) -> Survey:
 
 
 def test_an_item_is_on_the_shelf_once_it_was_published_or_shown(tmp_path: Path) -> None:
-    items = [{"item_id": "a", "published_at": START_MS + HOUR}, {"item_id": "b"}, {"item_id": "d"}]
+    items: list[Line] = [{"item_id": "a", "published_at": START_MS + HOUR}, {"item_id": "b"}, {"item_id": "d"}]
     log = write_log(tmp_path, train=[impression(0, "u", "bc")], scored=[impression(HOUR, "u", "bc")], items=items)
     survey = survey_log(log.open(), log.open_scored(), 0.3)
     catalogue = whole_catalogue(log.open(), survey, ItemVectors().table())
@@ -309,3 +309,9 @@ def test_on_the_real_log_live_counters_beat_frozen_ones(tmp_path: Path) -> None:
     assert live.measures.auc.mean > row(result, "frozen").measures.auc.mean + 0.05
     assert live.over_frozen.low > 0
     assert json.dumps(result.names) == '["train", "validation"]'
+
+
+def test_requests_in_a_log_are_passed_by(tmp_path: Path) -> None:
+    request = {"type": "request", "event_id": "r", "event_time": START_MS + 1, "user_id": "u", "request_id": "r-1"}
+    log = write_log(tmp_path, train=[impression(0, "u", "ab"), request], scored=[impression(HOUR, "u", "ab"), LAST])
+    assert [record.user_id for record in seen_before(log, 0.0).records] == ["u", "u"]
