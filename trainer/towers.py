@@ -7,7 +7,8 @@ user's, a softmax over the recent items that does not look at the candidate, so 
 
     p = normalise(E·P),  u = normalise(Q·Σ_r a_r·p_r),  a = softmax_r(q·p_r + recency_r),  logit = s·u·p
 
-The loss is a softmax over the live items (negatives of the batch, Hidasi et al. 2016, section 3.2). All candidates are
+The loss is a softmax over the live items, each as often as it was clicked in the step (negatives of the batch, Hidasi
+et al. 2016, section 3.2): what is learned is what a user likes beyond what all like. All candidates are
 live: were some looked up, their age alone would tell them from the target. Gradients reach the encoder through
 candidates, and through those recent items that are live (the table is the memory of Wu et al. 2018, "Unsupervised
 Feature Learning via Non-Parametric Instance Discrimination", section 3.1).
@@ -292,7 +293,11 @@ class _Learner:
         candidates = embedding(there(np.searchsorted(rows, live)), vectors)
         logits = self._user.scale() * (users @ candidates.T)
         logits = logits.masked_fill(there(self._clicks.own(places, live, len(self._items))), HIDDEN)
-        return logits, there(np.searchsorted(live, self._clicks.items[places]))
+        targets = np.searchsorted(live, self._clicks.items[places])
+        often = np.bincount(targets, minlength=len(live))
+        # Each item stands for as many negatives as it has clicks here: otherwise popularity would be learned.
+        times = np.where(often > 0, np.log(np.maximum(often, 1)), HIDDEN).astype(np.float32)
+        return logits + there(times), there(targets)
 
 
 def _clicks(histories: Sequence[npt.NDArray[np.intp]], all_items: npt.NDArray[np.uint64]) -> _Clicks:
