@@ -106,6 +106,16 @@ def test_what_a_user_acted_on_is_no_negative_for_him(encoder: TextEncoder) -> No
     assert losses == [pytest.approx(0.0, abs=1e-6)]
 
 
+def test_an_item_stands_for_as_many_negatives_as_it_has_clicks(encoder: TextEncoder) -> None:
+    # All texts are alike, so that only the numbers of clicks tell the items apart: two on item 1, one on item 0.
+    a, b, c, d = (world.item_hash(item) for item in range(4))
+    clicks, texts = {"u": [a, b], "v": [c, b], "w": [d, a]}, dict.fromkeys((a, b, c, d), "the goal")
+    one = TowerConfig(steps=1, least_clicks=1)
+    _, losses = learn_towers(clicks, texts, world.starting_point(encoder), TrainingConfig(), one)
+    # u acted on both; v: 2 of 3; w: 1 of 3.
+    assert losses == [pytest.approx((0 + np.log(3 / 2) + np.log(3)) / 3, abs=1e-5)]
+
+
 def test_recent_items_are_the_users_own_newest_first() -> None:
     items = np.array([10, 11, 12, 13], np.uint64)
     clicks = _clicks([np.array([0, 1]), np.array([3, 2, 1])], items)
