@@ -118,8 +118,8 @@ def main() -> None:
 
 
 def model(catalogue: Catalogue, vectors: VectorIndex) -> ServingModel:
-    """Return a version with a CTR model of the default shape and random weights over the same items."""
-    config = CtrConfig(features=len(COLUMNS))
+    """Return a version with a CTR model of the shape that a training makes and random weights over the same items."""
+    config = CtrConfig(features=len(COLUMNS), hidden=(128, 32), activation="silu")
     random = np.random.default_rng(1)
     tensors = {name: 0.1 * random.standard_normal(shape) for name, shape in tensor_shapes(config).items()}
     tensors["feature_std"] = np.ones(len(COLUMNS))

@@ -208,6 +208,7 @@ def _record(items: list[str]) -> FeaturesRecord:
         sims=bytes(2 * 2 * k),
         shown_counts=bytes(k),
         shown_age_seconds=np.full(k, np.nan, "<f4").tobytes(),
+        acted_age_seconds=np.full(k, np.nan, "<f4").tobytes(),
         recent_items=b"",
         recent_age_seconds=b"",
         recent_codes=b"",

@@ -111,6 +111,7 @@ def _record(
         sims=np.zeros((SLATE, 2), "<f2").tobytes(),
         shown_counts=np.zeros(SLATE, "u1").tobytes(),
         shown_age_seconds=np.full(SLATE, np.nan, "<f4").tobytes(),
+        acted_age_seconds=np.full(SLATE, np.nan, "<f4").tobytes(),
         recent_items=recents.tobytes(),
         recent_age_seconds=np.sort(random.exponential(86_400, len(recents))).astype("<f4").tobytes(),
         recent_codes=np.full(len(recents), CLICK, "u1").tobytes(),

@@ -21,7 +21,7 @@ from models.features import RawSlates
 from models.user_row import RECENT
 
 VERSION: Final = 2
-"""Version 1 had neither expected clicks nor the time since an item was first shown."""
+"""Version 1 had neither expected clicks nor the times since an item was first shown and since the user acted on it."""
 LABELS_VERSION: Final = 1
 LAGGED: Final = 1
 """Flag of features: processed long after it happened, or behind a later action of its user, so that the counters or the
@@ -51,6 +51,7 @@ _ITEM_FIELDS: Final[Bytes2D] = {
     "sims": ("<f2", 2),
     "shown_counts": ("u1", 1),
     "shown_age_seconds": ("<f4", 1),
+    "acted_age_seconds": ("<f4", 1),
 }
 """Type, and numbers for each item, of the fields that have a place for every item."""
 _RECENT_FIELDS: Final[Bytes2D] = {
@@ -102,6 +103,8 @@ class FeaturesRecord(msgspec.Struct, array_like=True, gc=False, kw_only=True):
     """u1 [K]."""
     shown_age_seconds: bytes
     """f4 [K], NaN = never."""
+    acted_age_seconds: bytes
+    """f4 [K] since the user acted on it, NaN = not among the recent items."""
     recent_items: bytes
     """u8 [R'], newest first, free places left out; R' ≤ R."""
     recent_age_seconds: bytes

@@ -62,6 +62,8 @@ COLUMNS: Final[tuple[str, ...]] = (
     "shown_recency",
     "shown_just_now",
     "shown_ever",
+    "acted_recency",
+    "acted_before",
     "user_impressions",
     "user_clicks",
     "user_actions",
@@ -109,7 +111,10 @@ class FeatureConfig(BaseModel):
         (1.0, 1.0, 1.0, 1.0), description="Mean clicks over expected clicks of all items, for each half-life."
     )
     coec_strength: float = Field(
-        2.0, gt=0, le=1e6, description="Expected clicks that the prior of clicks over expected clicks weighs as much as."
+        2.0,
+        gt=0,
+        le=1e6,
+        description="Expected clicks that the prior of clicks over expected clicks weighs as much as.",
     )
     quick_coec_strength: float = Field(0.5, gt=0, le=1e6, description="The same of the quick columns.")
     columns: tuple[str, ...] = Field(COLUMNS, description="Names of the columns, in their order.")
@@ -143,6 +148,8 @@ class RawSlates:
     """Times shown lately to this user [S, C]."""
     shown_age_seconds: F32
     """Time since it was last shown [S, C], NaN = never."""
+    acted_age_seconds: F32
+    """Time since this user last acted on it, among the recent items [S, C], NaN = not among them."""
     positions: npt.NDArray[np.uint16]
     """1-based [S, C], 0 = not known. Not among the columns: it is the model's own nullable term."""
     recent_items: npt.NDArray[np.uint64]
@@ -169,6 +176,7 @@ class RawSlates:
             sims=np.zeros((*shape, 2), np.float16),
             shown_counts=np.zeros(shape, np.uint8),
             shown_age_seconds=np.full(shape, np.nan, np.float32),
+            acted_age_seconds=np.full(shape, np.nan, np.float32),
             positions=np.zeros(shape, np.uint16),
             recent_items=np.zeros((slates, RECENT), np.uint64),
             recent_age_seconds=np.zeros((slates, RECENT), np.float32),
@@ -192,7 +200,12 @@ def spec_id(config: FeatureConfig) -> str:
 
     A bundle names it. The values of the priors are data, not code: they stand in the bundle and change no id.
     """
-    told = {"version": config.version, "columns": columns(config), "priors": len(config.prior_ctr), "coec": len(config.prior_coec)}
+    told = {
+        "version": config.version,
+        "columns": columns(config),
+        "priors": len(config.prior_ctr),
+        "coec": len(config.prior_coec),
+    }
     digest = hashlib.blake2b(json.dumps(told, separators=(",", ":")).encode(), digest_size=6).hexdigest()
     return f"features-{config.version}-{digest}"
 
@@ -269,6 +282,10 @@ def _item_facts(planes: F32, raw: RawSlates) -> None:
     planes[_AT["shown_recency"]] = np.where(ever, 1 / (1 + seconds / np.float32(3600)), 0)
     planes[_AT["shown_just_now"]] = np.where(ever, 1 / (1 + seconds / np.float32(120)), 0)
     planes[_AT["shown_ever"]] = ever
+    acted = np.isfinite(raw.acted_age_seconds)
+    hours = np.where(acted, np.maximum(raw.acted_age_seconds, 0), 0) / np.float32(3600)
+    planes[_AT["acted_recency"]] = np.where(acted, 1 / (1 + hours), 0)
+    planes[_AT["acted_before"]] = acted
 
 
 def _user_facts(planes: F32, raw: RawSlates) -> None:

@@ -101,6 +101,7 @@ def raw_from_state(
     raw.age_seconds = _ages(item_rows, time_ms, catalogue)
     raw.first_seen_seconds = counters.first_seen_seconds(item_rows, time_ms)
     _fill_shown(raw, rows, item_rows, catalogue, users)
+    _fill_acted(raw, item_rows, items, catalogue)
     raw.sims = sims_of(rows, item_rows, time_ms, vectors or catalogue.space_vectors, users, ranking)
     return raw
 
@@ -146,6 +147,21 @@ def _fill_recent(raw: RawSlates, rows: UserRows, users: TimedReader) -> None:
     raw.recent_codes = np.where(held, codes, 0).astype(np.uint8)
     ages_ms = np.maximum(raw.time_ms[:, None] - times_ms, 0)
     raw.recent_age_seconds = np.where(held, ages_ms / 1000.0, 0.0).astype(np.float32)
+
+
+def _fill_acted(raw: RawSlates, item_rows: I32, items: UInt64 | None, catalogue: Catalogue) -> None:
+    """Fill when the user last acted on each item, from the recent items that are there already, newest first.
+
+    By hash where hashes are given, which tells of items that no record names too; candidates all have rows.
+    """
+    hashes = raw.recent_items
+    rows = catalogue.index.rows_by_hash(hashes.ravel().tolist(), hashes.size).reshape(hashes.shape)
+    rows[(rows < 0) | (hashes == 0)] = NO_ROW
+    for entry in reversed(range(hashes.shape[1])):
+        edge = slice(entry, entry + 1)
+        same = item_rows == rows[:, edge] if items is None else raw.valid & (items == hashes[:, edge])
+        if same.any():
+            raw.acted_age_seconds[same] = np.broadcast_to(raw.recent_age_seconds[:, edge], same.shape)[same]
 
 
 def _ages(item_rows: I32, time_ms: Int64, catalogue: Catalogue) -> F32:

@@ -178,6 +178,7 @@ def _example(action: LoneAction, user: _User, drawn: UInt64, rate: float) -> tup
         sims=bytes(4 * k),
         shown_counts=bytes(k),
         shown_age_seconds=np.full(k, np.nan, "<f4").tobytes(),
+        acted_age_seconds=np.full(k, np.nan, "<f4").tobytes(),
         recent_items=np.array([a.item for a in recent], "<u8").tobytes(),
         recent_age_seconds=np.array(ages, "<f4").tobytes(),
         recent_codes=bytes(a.code for a in recent),

@@ -23,7 +23,15 @@ I64 = npt.NDArray[np.int64]
 OnProgress = Callable[[int, int], None]
 
 _RECORDS_AT_ONCE: Final = 256
-_STATE: Final = ("counters", "age_seconds", "first_seen_seconds", "sims", "shown_counts", "shown_age_seconds")
+_STATE: Final = (
+    "counters",
+    "age_seconds",
+    "first_seen_seconds",
+    "sims",
+    "shown_counts",
+    "shown_age_seconds",
+    "acted_age_seconds",
+)
 _BY_ITEM: Final = (*_STATE, "items", "positions")
 _BY_IMPRESSION: Final = ("recent_items", "recent_age_seconds", "recent_codes", "user_counts", "time_ms")
 LEAST_IMPRESSIONS: Final = 10

@@ -58,6 +58,7 @@ _BY_ITEM: Final = (
     "sims",
     "shown_counts",
     "shown_age_seconds",
+    "acted_age_seconds",
 )
 _CELLS: Final = 8_192
 """Impressions are read in pieces of at most this many places when padded."""

@@ -28,8 +28,8 @@ class TrainingConfig(BaseModel):
     listwise_weight: float = Field(1.0, ge=0, description="Weight of the listwise softmax loss.")
     cross_entropy_weight: float = Field(1.0, ge=0, description="Weight of the binary cross-entropy.")
 
-    hidden: tuple[int, ...] = Field((64,), min_length=1, max_length=4, description="Hidden layers of a new model.")
-    activation: Literal["sigmoid", "silu", "relu"] = Field("sigmoid", description="σ of a new model.")
+    hidden: tuple[int, ...] = Field((128, 32), min_length=1, max_length=4, description="Hidden layers of a new model.")
+    activation: Literal["sigmoid", "silu", "relu"] = Field("silu", description="σ of a new model.")
     attention_dim: int = Field(64, ge=1, le=1_024, description="Attention dimensions of a new model.")
     positions: int = Field(32, ge=0, le=1_000, description="Positions with a term, of a new model; 0: none.")
 

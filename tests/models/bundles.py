@@ -48,6 +48,7 @@ def features_record(items: Sequence[str], recent: Sequence[str] = (), impression
         sims=np.full((k, 2), 0.25, "<f2").tobytes(),
         shown_counts=bytes(k),
         shown_age_seconds=np.full(k, np.nan, "<f4").tobytes(),
+        acted_age_seconds=np.full(k, np.nan, "<f4").tobytes(),
         recent_items=np.array([hash64(i) for i in recent], "<u8").tobytes(),
         recent_age_seconds=np.full(r, 60, "<f4").tobytes(),
         recent_codes=bytes([1] * r),

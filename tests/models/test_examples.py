@@ -51,6 +51,7 @@ def features(k: int, recent: int = 2, **changes: Any) -> FeaturesRecord:
         sims=np.tile(place[:, None] / 8, 2).astype("<f2").tobytes(),
         shown_counts=place.astype("u1").tobytes(),
         shown_age_seconds=np.full(k, np.nan, "<f4").tobytes(),
+        acted_age_seconds=np.full(k, np.nan, "<f4").tobytes(),
         recent_items=np.arange(1, recent + 1).astype("<u8").tobytes(),
         recent_age_seconds=np.arange(recent).astype("<f4").tobytes(),
         recent_codes=np.full(recent, 17, "u1").tobytes(),
@@ -85,8 +86,8 @@ def test_a_labels_record_comes_back_as_it_was() -> None:
     assert decode_labels(encode(labels(revision=3))) == labels(revision=3)
 
 
-def test_an_impression_of_15_items_with_a_full_ring_has_1285_bytes() -> None:
-    assert len(encode(features(15, recent=16))) == 1285
+def test_an_impression_of_15_items_with_a_full_ring_has_1347_bytes() -> None:
+    assert len(encode(features(15, recent=16))) == 1347
 
 
 def test_slates_are_padded_to_the_longest_impression() -> None:

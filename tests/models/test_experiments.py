@@ -145,6 +145,7 @@ def features(impression_id: int, user_id: str, experiment: str | None) -> Featur
         sims=b"",
         shown_counts=b"",
         shown_age_seconds=b"",
+        acted_age_seconds=b"",
         recent_items=b"",
         recent_age_seconds=b"",
         recent_codes=b"",

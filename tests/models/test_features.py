@@ -54,6 +54,7 @@ def random_slates(seed: int, slates: int, items: int) -> RawSlates:
     raw.sims[:] = random.normal(0, 0.3, (slates, items, 2)) * (random.random((slates, items, 1)) < 0.9)
     raw.shown_counts[:] = random.poisson(0.3, (slates, items))
     raw.shown_age_seconds[:] = np.where(raw.shown_counts > 0, random.gamma(1, 9e3, (slates, items)), np.nan)
+    raw.acted_age_seconds[:] = np.where(random.random((slates, items)) < 0.9, np.nan, ages)
     raw.user_counts[:] = random.poisson(20, (slates, 3))
     raw.time_ms[:] = random.integers(0, 4_102_444_800_000, slates)
     return raw
@@ -66,7 +67,9 @@ def garbage() -> RawSlates:
     worst = [np.nan, np.inf, -np.inf, 65504, -65504, 0]
     raw.counters[:] = np.array(worst, np.float16)[None, :, None, None]
     raw.sims[:] = np.array(worst, np.float16)[None, :, None]
-    raw.age_seconds[:] = raw.first_seen_seconds[:] = raw.shown_age_seconds[:] = np.array([np.nan, np.inf, -np.inf, 3e38, -3e38, 0], np.float32)
+    raw.age_seconds[:] = raw.first_seen_seconds[:] = raw.shown_age_seconds[:] = raw.acted_age_seconds[:] = np.array(
+        [np.nan, np.inf, -np.inf, 3e38, -3e38, 0], np.float32
+    )
     raw.shown_counts[:] = 255
     raw.user_counts[:] = 2**32 - 1
     raw.time_ms[:] = -(2**61)
@@ -94,7 +97,16 @@ def test_permuting_the_items_permutes_the_rows_bit_for_bit(seed: int, slates: in
     raw = random_slates(seed, slates, items)
     order = np.random.default_rng(seed + 1).permutation(items)
     other = random_slates(seed, slates, items)
-    for name in ("valid", "counters", "age_seconds", "first_seen_seconds", "sims", "shown_counts", "shown_age_seconds"):
+    for name in (
+        "valid",
+        "counters",
+        "age_seconds",
+        "first_seen_seconds",
+        "sims",
+        "shown_counts",
+        "shown_age_seconds",
+        "acted_age_seconds",
+    ):
         setattr(other, name, getattr(raw, name)[:, order])
     assert np.array_equal(encode(other, CONFIG), encode(raw, CONFIG)[:, order])
 
@@ -179,6 +191,12 @@ def test_an_item_never_shown_has_no_recency() -> None:
     assert column(x, "shown_ever") == [1.0, 0.0]
 
 
+def test_an_item_that_the_user_acted_on_says_how_long_ago() -> None:
+    x = encode(slate(acted_age_seconds=[3600.0, float("nan")]), CONFIG)
+    assert column(x, "acted_recency") == [0.5, 0.0]
+    assert column(x, "acted_before") == [1.0, 0.0]
+
+
 def test_the_hour_and_the_weekday_are_angles() -> None:
     x = encode(slate(clicks=[0.0]), CONFIG)
     assert (column(x, "hour_sin"), column(x, "hour_cos")) == ([1.0], [0.0])
@@ -192,8 +210,8 @@ def test_the_slate_length_and_the_positions_are_in_no_column() -> None:
 
 
 def test_the_spec_id_stays_as_bundles_have_written_it() -> None:
-    assert spec_id(FeatureConfig()) == "features-2-6990ebeefa34"
-    assert len(columns(FeatureConfig())) == len(set(COLUMNS)) == 104
+    assert spec_id(FeatureConfig()) == "features-2-c44a95a36141"
+    assert len(columns(FeatureConfig())) == len(set(COLUMNS)) == 106
 
 
 def test_other_priors_are_the_same_spec() -> None:

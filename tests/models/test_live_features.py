@@ -110,6 +110,27 @@ def test_recent_items_are_newest_first_with_their_ages_and_codes() -> None:
     assert found.recent_codes[0, :3].tolist() == [4 | 0x20, 1 | 0x10, 0]
 
 
+def test_an_item_that_the_user_acted_on_says_when_last_and_the_others_do_not() -> None:
+    world = World()
+    world.item("a")
+    world.item("b")
+    world.act("a")
+    world.act("a", "like", at_ms=NOW_MS + 10_000)
+    found = raw(world, [["a", "b", "unheard of"]], [NOW_MS + 15_000])
+    assert np.array_equal(found.acted_age_seconds, [[5, np.nan, np.nan]], True)
+
+
+def test_an_item_that_anybody_was_shown_says_when_first() -> None:
+    world = World()
+    world.item("a")
+    world.item("b")
+    world.show(["a"])
+    world.show(["a"])
+    found = raw(world, [["a", "b", "unheard of"]], [NOW_MS + 60_000])
+    assert found.first_seen_seconds[0, 0] >= 0
+    assert np.isnan(found.first_seen_seconds[0, 1:]).all()
+
+
 def test_the_counts_of_the_user_are_those_of_the_row() -> None:
     world = World()
     world.item("a")

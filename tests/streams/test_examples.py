@@ -361,6 +361,6 @@ def test_serving_and_training_see_the_same_features_to_the_bit() -> None:
     (record,) = bench.records(bench.at(shown("4082", "last", event_time=bench.now_ms)))
     served, logged = recorder.seen
     trained = encode(raw_slates([record]), FeatureConfig())
-    for name in ("clicks_first", "sim_short", "shown_count", "user_ctr", "ctr_fourth_z"):
+    for name in ("clicks_first", "sim_short", "shown_count", "user_ctr", "ctr_fourth_gap"):
         assert trained[0, :, COLUMNS.index(name)].any(), name
     assert served.tobytes() == logged.tobytes() == trained.tobytes()

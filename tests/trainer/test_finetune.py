@@ -390,7 +390,7 @@ def test_loss_that_is_not_finite_ends_the_training(bert: TextEncoder) -> None:
     first = train(impressions(60), start, settings(epochs=1, projection=False, residuals=False))
     huge = CtrScorer(
         first.scorer.config,
-        {**first.scorer.tensors, "head.scale": np.full(1, 3e38, np.float32), "head.out": np.full(64, 3e38, np.float32)},
+        {**first.scorer.tensors, "head.scale": np.full(1, 3e38, np.float32), "head.out": np.full(32, 3e38, np.float32)},
     )
     with pytest.raises(TrainingError, match="loss-not-finite"):
         train(impressions(60), StartingPoint(start.space, bert, scorer=huge, features=first.features), settings())

@@ -93,6 +93,7 @@ STATE = (
     "sims",
     "shown_counts",
     "shown_age_seconds",
+    "acted_age_seconds",
     "recent_items",
     "recent_codes",
     "recent_age_seconds",

@@ -109,6 +109,7 @@ def record(
         sims=np.zeros((k, 2), "<f2").tobytes(),
         shown_counts=np.zeros(k, "u1").tobytes(),
         shown_age_seconds=np.full(k, np.nan, "<f4").tobytes(),
+        acted_age_seconds=np.full(k, np.nan, "<f4").tobytes(),
         recent_items=np.array([item_hash(i) for i in recents], "<u8").tobytes(),
         recent_age_seconds=np.full(len(recents), 60.0, "<f4").tobytes(),
         recent_codes=np.full(len(recents), CLICK, "u1").tobytes(),
