@@ -199,7 +199,7 @@ class _Learner:
         self._optimiser = torch.optim.AdamW(groups, weight_decay=0.0)
         self._trained = [p for group in self._optimiser.param_groups for p in group["params"]]
         self._schedule = warm_up_and_decay(self._optimiser, towers.steps, config.warm_up_share)
-        self._first = [] if self._layers is None else [p.detach().clone() for p in self._layers.parameters]
+        self._first = [p.detach().clone() for p in self._of_encoder()]
 
     def run(self) -> list[float]:
         """Take all steps; return the mean losses."""
@@ -236,13 +236,16 @@ class _Learner:
         scaler = torch.amp.GradScaler(self._device.type, enabled=False)
         return TrainedBase(self._layers, text_of_item, self._device, optimiser, schedule, config.clip_norm, scaler)
 
+    def _of_encoder(self) -> list[nn.Parameter]:
+        return [] if self._layers is None else self._layers.parameters
+
     def _draw_back(self) -> None:
         """Take the encoder part of the way back: between both weights lie those that serve new items best.
 
         Wortsman et al. 2022, "Robust fine-tuning of zero-shot models", equation 1.
         """
         with torch.no_grad():
-            for first, last in zip(self._first, [] if self._layers is None else self._layers.parameters, strict=True):
+            for first, last in zip(self._first, self._of_encoder(), strict=True):
                 last.lerp_(first, 1.0 - self._towers.encoder_share)
 
     def _draw(self) -> tuple[I64, I64]:
