@@ -5,12 +5,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DURATION ?= 180
+DATA ?= ../shared/data
+PEER ?= ../shared/peers/freshness_lightgbm.py
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 # Each worker is a process of its own: without cached bytecode every start compiles torch and transformers again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test check bench setup format clean
+.PHONY: demo test check bench bench-quality setup format clean
 
 setup: $(STAMP)
 
@@ -35,6 +37,9 @@ check: setup  ## ruff, mypy strict, fast tests
 
 bench: setup  ## the table of docs/benchmarks.md, measured here and now
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks
+
+bench-quality: setup  ## AUC on ../shared/data by feedback delay, with the LightGBM peer beside it
+	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.quality_table $(DATA) --peer $(PEER)
 
 format: setup
 	$(BIN)/ruff check --fix .

@@ -307,15 +307,19 @@ def _relative(planes: F32, valid: Bools) -> None:
     compared = np.broadcast_to(valid, planes[:_PLANES].shape).copy()
     for name, given in _SOME_ONLY:
         compared[_AT[name]] &= planes[_AT[given]] > 0
-    others = np.maximum(compared.sum(axis=2, keepdims=True) - 1, 1)
+    n = np.count_nonzero(compared, axis=2)[:, :, None]
     first = _AT[f"{COMPARED[0]}_{RELATIVE_KINDS[0]}"]
     ranks, gaps = (planes[first + i * _PLANES : first + (i + 1) * _PLANES] for i in range(2))
-    steps = np.rint(planes[:_PLANES] * np.float32(GRID)).astype(np.int32)
-    np.divide(_below(steps, compared), others, out=ranks, casting="same_kind")
+    # Whole numbers below 2^24: float32 holds them exactly.
+    steps = planes[:_PLANES] * np.float32(GRID)
+    np.rint(steps, out=steps)
+    ranks[:] = _below(steps.astype(np.int32), compared)
+    ranks /= np.maximum(n - 1, 1).astype(np.float32)
     ranks *= compared
-    steps[~compared] = np.iinfo(np.int32).min
-    highest = steps.max(axis=2, keepdims=True)
-    np.multiply(np.where(compared, steps - highest, 0), np.float32(1 / GRID), out=gaps, casting="same_kind")
+    highest = np.where(compared, steps, np.float32(-MAX_COMPARED * GRID)).max(axis=2, keepdims=True)
+    np.subtract(steps, highest, out=gaps)
+    gaps *= np.float32(1 / GRID)
+    gaps *= compared
 
 
 def _below(steps: npt.NDArray[np.int32], compared: Bools) -> npt.NDArray[Any]:
