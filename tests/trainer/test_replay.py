@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from models.encoder import EncoderConfig
 from models.errors import LogFormatError, ReplayError
 from models.events import Impression
 from models.hashing import hash64
@@ -315,3 +316,16 @@ def test_requests_in_a_log_are_passed_by(tmp_path: Path) -> None:
     request = {"type": "request", "event_id": "r", "event_time": START_MS + 1, "user_id": "u", "request_id": "r-1"}
     log = write_log(tmp_path, train=[impression(0, "u", "ab"), request], scored=[impression(HOUR, "u", "ab"), LAST])
     assert [record.user_id for record in seen_before(log, 0.0).records] == ["u", "u"]
+
+
+def test_items_with_texts_have_vectors_and_users_tastes(tmp_path: Path) -> None:
+    items = [{"item_id": f"i{n}", "title": f"News of {word}"} for n, word in enumerate(("sport", "money", "film") * 14)]
+    log = write_log(tmp_path, *Written.fashions(hours=30, scored_hours=8), items=items)
+    told: list[tuple[str, int, int | None]] = []
+    config = ReplayConfig(slates=10, modes=("live",))
+    result = replay(log, config, encoder=EncoderConfig(), show=lambda *step: told.append(step))
+    slates = row(result, "live").slates
+    assert result.has_item_vectors
+    assert 0 < slates.intra_list_diversity < 1
+    assert slates.source_recall["short_term"] > 0
+    assert ("encoding texts", 3, 3) in told
