@@ -4,7 +4,8 @@
 
 PATH holds the parts `train` and `validation` of MIND's layout. The log goes through the pure core in time order, by the
 hour; both arms learn from the same histories (clicks before the first impression) and then from the impressions of
-`train`, with the same steps, rates, losses and seeds, and differ in one switch, TrainingConfig.encoder. Nothing of
+`train`, with the same steps, rates, losses and seeds. They differ in one switch, TrainingConfig.encoder, in one of the
+passes over the histories (trainer/towers.py). Nothing of
 `validation` but its users' histories is learned from. Printed: mean AUC over impressions of `validation` of each arm
 and their paired difference, seeds averaged, with a bootstrap interval clustered by user.
 
@@ -45,11 +46,12 @@ from models.features import FeatureConfig, columns
 from models.hashing import hash64
 from models.logs import LogReader, open_log
 from trainer.batches import TrainingSet, feature_moments, fit_priors, prepare, time_order
-from trainer.encodings import OutputCache, SplitEncoder
+from trainer.encodings import OutputCache, base_encodings, delta_encodings
 from trainer.finetune import StartingPoint, Trained, train
 from trainer.history import HistoryConfig, learn_histories
 from trainer.log_examples import LogConfig, LogExamples, catalogue_of, log_examples, thinned
 from trainer.scoring import ItemTable, encode_items, score
+from trainer.towers import TowerConfig, learn_towers
 from trainer.training_config import TrainingConfig
 
 F32 = npt.NDArray[np.float32]
@@ -61,7 +63,7 @@ HOUR_SECONDS: Final = 3_600.0
 FIRST_SCALE: Final = 10.0
 """s of the first scorer: a sampled softmax over 128 items needs sharper logits than a slate."""
 LEG_SEEDS: Final = 1_000
-"""Between the seeds of the legs of one seed: each leg draws batches of its own."""
+"""Between the seeds of both passes over the histories: each draws batches of its own."""
 CACHE_BYTES: Final = 8 << 30
 
 
@@ -70,21 +72,26 @@ class Recipe:
     """What both arms do, in the order in which they do it."""
 
     max_tokens: int = 32
-    history_items: int = 40
+    history_items: int = 100
     """Latest items of each history that are learned from."""
-    warm: HistoryConfig = field(default_factory=lambda: HistoryConfig(steps=800))
-    """With the encoder frozen, once for both arms of a seed."""
-    history: HistoryConfig = field(default_factory=lambda: HistoryConfig(steps=600, users=24, targets=12))
-    """With the arm's encoder."""
-    legs: int = 1
-    """How often ``history`` is gone through, the rates rising and falling each time."""
-    history_rates: TrainingConfig = field(
+    warm: HistoryConfig = field(default_factory=lambda: HistoryConfig(steps=800, negatives=64))
+    """Space and attention, with the encoder frozen, once for both arms of a seed."""
+    towers: TowerConfig = field(default_factory=lambda: TowerConfig(steps=100))
+    """The space, with the arm's encoder."""
+    tower_rates: TrainingConfig = field(
         default_factory=lambda: TrainingConfig(
-            learning_rate=1e-3, projection_learning_rate=1e-3, encoder_learning_rate=2e-4
+            learning_rate=1e-3,
+            projection_learning_rate=1e-4,
+            encoder_learning_rate=3e-4,
+            top_layers=2,
+            precision="bfloat16",
         )
     )
-    tune_on_impressions: bool = False
-    """Whether the arm's encoder is trained on impressions as well, or stays as histories left it."""
+    history: HistoryConfig = field(default_factory=lambda: HistoryConfig(steps=300, negatives=64))
+    """Space and attention, with the encoder as the towers left it."""
+    history_rates: TrainingConfig = field(
+        default_factory=lambda: TrainingConfig(learning_rate=1e-3, projection_learning_rate=1e-3)
+    )
     text_unclicked: int = 8
     text: TrainingConfig = field(
         default_factory=lambda: TrainingConfig(
@@ -92,7 +99,6 @@ class Recipe:
             batch_impressions=128,
             learning_rate=5e-4,
             projection_learning_rate=5e-4,
-            encoder_learning_rate=5e-5,
             cross_entropy_weight=0.0,
             residuals=False,
             positions=0,
@@ -101,9 +107,9 @@ class Recipe:
             stop_on="loss",
         )
     )
-    """On impressions of `train`, each click with ``text_unclicked`` items of its slate."""
+    """The projection on impressions of `train`, each click with ``text_unclicked`` items of its slate."""
     pairs_per_click: int = 4
-    all: TrainingConfig = field(
+    heads: TrainingConfig = field(
         default_factory=lambda: TrainingConfig(
             epochs=6,
             batch_impressions=256,
@@ -118,7 +124,7 @@ class Recipe:
             stop_on="auc",
         )
     )
-    """On pairs of a click and an unclicked item, the text side as the text arm left it."""
+    """On pairs of a click and an unclicked item, in the space as it is then."""
 
 
 @dataclass(slots=True)
@@ -205,7 +211,9 @@ def text_only(examples: LogExamples) -> LogExamples:
             "sims": bytes(len(record.sims)),
             "shown_counts": bytes(k),
             "shown_age_seconds": np.full(k, np.nan, "<f4").tobytes(),
+            "acted_age_seconds": np.full(k, np.nan, "<f4").tobytes(),
             "age_seconds": np.full(k, np.nan, "<f4").tobytes(),
+            "first_seen_seconds": np.full(k, np.nan, "<f4").tobytes(),
             "user_counts": (0, 0, 0),
         }
         made.records.append(msgspec.structs.replace(record, **empty))
@@ -237,13 +245,11 @@ class Contest:
     def run_seed(self, seed: int, with_all: bool) -> dict[tuple[str, Arm], Outcome]:
         """Return the outcomes of both arms with one seed, by features and arm."""
         data, recipe = self._data, self._recipe
-        rates = self._settled(recipe.history_rates, seed, "frozen")
         scorer, features = first_scorer(self._text_train, recipe.text, seed, data.space.dim)
         start = StartingPoint(data.space, data.encoder, None, scorer, features)
         began = time.perf_counter()
-        warm, losses = self._histories(start, rates, recipe.warm, f"warm-{seed}")
+        warm = self._histories(start, recipe.warm, seed, f"warm-{seed}")
         warm_seconds = time.perf_counter() - began
-        self._say(f"seed {seed}: histories, encoder frozen, loss {_course(losses)}, {warm_seconds:.0f} s")
         outcomes: dict[tuple[str, Arm], Outcome] = {}
         for arm in ("frozen", self._arm):
             outcomes |= self._run_arm(seed, arm, warm, warm_seconds, with_all)
@@ -254,51 +260,56 @@ class Contest:
     ) -> dict[tuple[str, Arm], Outcome]:
         data, recipe = self._data, self._recipe
         began = time.perf_counter()
-        rates = self._settled(recipe.history_rates, seed, arm)
-        start = warm
-        for leg in range(recipe.legs):
-            own = rates.model_copy(update={"seed": seed + LEG_SEEDS * leg})
-            start, losses = self._histories(start, own, recipe.history, f"history-{arm}-{seed}-{leg}")
-            self._say(f"seed {seed}, {arm}: histories, loss {_course(losses)}, {time.perf_counter() - began:.0f} s")
-        # Also what a training with this encoder frozen finds in the cache.
+        start = self._towers(warm, recipe.towers, seed, arm, f"towers-{arm}-{seed}")
+        # Also what the trainings with this encoder frozen find in the cache.
         encodings = self.encodings(start.delta)
-        settled = self._settled(recipe.text, seed, arm if recipe.tune_on_impressions else "frozen")
-        made = self._train(self._text_train, start, settled, f"text-{arm}-{seed}")
-        if made.delta is not start.delta:
-            encodings = self.encodings(made.delta)
+        start = self._histories(start, recipe.history, seed + LEG_SEEDS, f"history-{arm}-{seed}")
+        made = self._train(self._text_train, start, self._settled(recipe.text, seed, "frozen"), f"text-{arm}-{seed}")
         aucs = self._aucs(made, encodings, self._text_validation.records)
         seconds = warm_seconds + time.perf_counter() - began
-        note = f"best epoch {made.course.best_epoch} of {len(made.course.epochs)}"
-        outcomes: dict[tuple[str, Arm], Outcome] = {("text", arm): Outcome(aucs, seconds, note)}
-        self._say(f"seed {seed}, {arm}, text: AUC {np.nanmean(aucs):.4f}, {note}, {seconds:.0f} s")
+        outcomes = {("text", arm): self._outcome(f"seed {seed}, {arm}, text", made, aucs, seconds)}
         if with_all:
             began = time.perf_counter()
             before, after = data.replay(made.space, encodings)
-            whole = self._train_all(made, before, seed)
+            whole = self._train_head(made, before, seed)
             aucs = self._aucs(whole, encodings, after.records)
-            note = f"best epoch {whole.course.best_epoch} of {len(whole.course.epochs)}"
-            outcomes["all", arm] = Outcome(aucs, time.perf_counter() - began, note)
-            self._say(f"seed {seed}, {arm}, all: AUC {np.nanmean(aucs):.4f}, {note}")
+            seconds += time.perf_counter() - began
+            outcomes["all", arm] = self._outcome(f"seed {seed}, {arm}, all", whole, aucs, seconds)
         return outcomes
+
+    def _outcome(self, name: str, made: Trained, aucs: F64, seconds: float) -> Outcome:
+        note = f"best epoch {made.course.best_epoch} of {len(made.course.epochs)}"
+        self._say(f"{name}: held back {made.course.best.auc:.4f}, AUC {np.nanmean(aucs):.4f}, {note}, {seconds:.0f} s")
+        return Outcome(aucs, seconds, note)
 
     def _settled(self, config: TrainingConfig, seed: int, arm: Arm) -> TrainingConfig:
         device = {"seed": seed, "encoder": arm, "cache_bytes": CACHE_BYTES, "device": self._device}
         return config.model_copy(update=device)
 
-    def _histories(
-        self, start: StartingPoint, rates: TrainingConfig, history: HistoryConfig, name: str
-    ) -> tuple[StartingPoint, list[float]]:
-        data = self._data
-        return learn_histories(
+    def _towers(self, start: StartingPoint, towers: TowerConfig, seed: int, arm: Arm, name: str) -> StartingPoint:
+        data, began = self._data, time.perf_counter()
+        rates = self._settled(self._recipe.tower_rates, seed, arm)
+        made, losses = learn_towers(
+            data.train.histories, data.texts, start, rates, towers, new_space_id=name, cache_folder=data.cache
+        )
+        self._say(f"seed {seed}, {arm}: towers, loss {_course(losses)}, {time.perf_counter() - began:.0f} s")
+        return made
+
+    def _histories(self, start: StartingPoint, history: HistoryConfig, seed: int, name: str) -> StartingPoint:
+        data, began = self._data, time.perf_counter()
+        rates = self._settled(self._recipe.history_rates, seed, "frozen")
+        made, losses = learn_histories(
             data.train.histories, data.texts, start, rates, history, new_space_id=name, cache_folder=data.cache
         )
+        self._say(f"{name}: loss {_course(losses)}, {time.perf_counter() - began:.0f} s")
+        return made
 
     def _train(self, examples: LogExamples, start: StartingPoint, config: TrainingConfig, name: str) -> Trained:
         chosen = TrainingSet(examples.records, examples.labels, self._data.texts)
         return train(chosen, start, config, new_space_id=name, cache_folder=self._data.cache)
 
-    def _train_all(self, text: Trained, examples: LogExamples, seed: int) -> Trained:
-        """Train a head with all features on top of a text arm, whose space stays; ``examples``: as they are in it."""
+    def _train_head(self, text: Trained, examples: LogExamples, seed: int) -> Trained:
+        """Train a head with what ``examples`` tell, as it is in the space of ``text``, which stays."""
         data, recipe = self._data, self._recipe
         pairs = thinned(examples, 1, recipe.pairs_per_click, seed=0)
         first, features = first_scorer(pairs, recipe.text, seed, data.space.dim)
@@ -307,37 +318,18 @@ class Contest:
         tensors["head.features"] = np.zeros_like(tensors["head.features"])
         scorer = CtrScorer(text.scorer.config, tensors)
         start = StartingPoint(text.space, data.encoder, text.delta, scorer, features)
-        return self._train(pairs, start, self._settled(recipe.all, seed, "frozen"), f"all-{seed}")
+        return self._train(pairs, start, self._settled(recipe.heads, seed, "frozen"), f"head-{seed}")
 
     def encodings(self, delta: EncoderDelta | None) -> ItemEncodings:
-        """Return the base encodings of all texts under an encoder, by way of the kept outputs of its frozen layers.
-
-        They are kept under the encoder's own name, so that a training with it frozen does not make them again.
-        """
+        """Return the base encodings of all texts under an encoder, kept for the trainings with it frozen."""
         data, cache = self._data, OutputCache(self._data.cache, CACHE_BYTES)
+        hashes = sorted(data.texts)
+        own = [data.texts[item] for item in hashes]
         if delta is None:
-            return encode_items(data.encoder, data.texts, cache)
-        config = TrainingConfig(encoder="top", top_layers=self._recipe.text.top_layers, device=self._device)
-        device = torch.device("cuda" if torch.cuda.is_available() and self._device != "cpu" else "cpu")
-        layers = SplitEncoder(data.encoder, delta, config, device, "float32")
-        texts = list(dict.fromkeys(data.texts.values()))
-        layers.load(texts, cache)
-        layers.module.eval()
-        places = {text: place for place, text in enumerate(texts)}
-
-        def compute(missing: list[str]) -> Any:
-            for start in range(0, len(missing), 512):
-                rows = np.array([places[text] for text in missing[start : start + 512]], np.int64)
-                with torch.inference_mode():
-                    encoded = layers.encode(rows).cpu().numpy()
-                yield from (row[None].astype(np.float16) for row in encoded)
-
-        name = f"{delta.encoder_id}/base/{data.encoder.module.dtype}"
-        base = np.concatenate(cache.fill(name, texts, compute, lambda done, total: None))
-        hashes = np.array(sorted(data.texts), np.uint64)
-        own = [data.texts[item] for item in sorted(data.texts)]
-        contents = np.array([hash64(text) for text in own], np.uint64)
-        return ItemEncodings(hashes, contents, base[[places[text] for text in own]])
+            base = base_encodings(data.encoder, own, cache)
+        else:
+            base = delta_encodings(data.encoder, delta, own, cache)
+        return ItemEncodings(np.array(hashes, np.uint64), np.array([hash64(t) for t in own], np.uint64), base)
 
     def _aucs(self, made: Trained, encodings: ItemEncodings, records: Sequence[FeaturesRecord]) -> F64:
         table = ItemTable(made.space, encodings)
@@ -381,22 +373,15 @@ def main() -> None:
     parser.add_argument("--features", choices=["text", "all"], default="all", help="all: text and then all features")
     parser.add_argument("--encoder", choices=["top", "lora"], default="top")
     parser.add_argument("--unclicked-weight", type=float, default=10.0)
-    parser.add_argument("--warm-steps", type=int, help="steps on histories before the encoder is trained")
-    parser.add_argument("--history-steps", type=int, help="steps on histories in which it is")
-    parser.add_argument("--legs", type=int, help="how often those steps are gone through")
-    parser.add_argument("--tune-on-impressions", action="store_true", help="train the encoder there as well")
+    parser.add_argument("--tower-steps", type=int, help="steps in which the encoder is trained")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--cache", type=Path, help="keeps encodings for the next run; default: a temporary folder")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
-    recipe = Recipe(tune_on_impressions=given.tune_on_impressions)
-    if given.warm_steps:
-        recipe = replace(recipe, warm=recipe.warm.model_copy(update={"steps": given.warm_steps}))
-    if given.history_steps:
-        recipe = replace(recipe, history=recipe.history.model_copy(update={"steps": given.history_steps}))
-    if given.legs:
-        recipe = replace(recipe, legs=given.legs)
+    recipe = Recipe()
+    if given.tower_steps:
+        recipe = replace(recipe, towers=recipe.towers.model_copy(update={"steps": given.tower_steps}))
     began = time.perf_counter()
 
     def say(text: str) -> None:
