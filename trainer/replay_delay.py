@@ -112,15 +112,15 @@ class Delay:
         models = self._models(scored, "retrained" in wanted)
         clicked = self._clicked(scored)
         used: dict[Mode, Models] = {"frozen": models[:1], "live": models[:1], "retrained": models}
-        going = {mode: used[mode] for mode in wanted if mode != "frozen"}
+        going: dict[Mode, Models] = {mode: used[mode] for mode in wanted if mode != "frozen"}
         slates: dict[Mode, SlateMeasures] = {}
-        states = dict.fromkeys(going, scored)
+        states: dict[Mode, _Scored] = dict.fromkeys(going, scored)
         if "frozen" in wanted:
-            seen, made = self._slates_pass("reading, frozen", True, {"frozen": models[:1]}, scored, clicked)
+            seen, made = self._slates_pass("reading, frozen", True, {"frozen": models[:1]}, clicked)
             states["frozen"] = self._like(scored, seen)
             slates |= made
         if going and clicked:
-            slates |= self._slates_pass("slates, live", False, going, scored, clicked)[1]
+            slates |= self._slates_pass("slates, live", False, going, clicked)[1]
         rows, base = list[ModeResult](), None
         for mode in wanted:
             ranked = self._rank(states[mode], used[mode])
@@ -162,7 +162,7 @@ class Delay:
         )
 
     def _slates_pass(
-        self, step: str, frozen: bool, models: Mapping[Mode, Models], scored: _Scored, clicked: Mapping[int, list[str]]
+        self, step: str, frozen: bool, models: Mapping[Mode, Models], clicked: Mapping[int, list[str]]
     ) -> tuple[LogExamples, dict[Mode, SlateMeasures]]:
         """Let the log go through once more, and make slates at the impressions of ``clicked``."""
         if not clicked:

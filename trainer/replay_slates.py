@@ -261,8 +261,8 @@ class SlateMaker:
             self._source_first[name].append(len(wanted & set(rows[: self._k])) / len(wanted))
         single = {name: set(rows) for name, rows in found.items() if name != MIX}
         held = Counter(row for rows in single.values() for row in rows & wanted)
-        for name, rows in single.items():
-            self._source_only[name] += sum(held[row] == 1 for row in rows & wanted)
+        for name, own in single.items():
+            self._source_only[name] += sum(held[row] == 1 for row in own & wanted)
 
     def _candidates(
         self, row: Rows, counters: ItemCounters, request: SlateRequest, time_ms: int
