@@ -22,6 +22,7 @@ MODE_TEXTS: Final = {
 SLICE_TEXTS: Final = {"new_item": "new item clicked", "new_user": "new user", "warm": "neither new"}
 _LEAST_GAP: Final = 0.0005
 """AUC that is told as a gain or a loss."""
+_ALL: Final = 0.999
 
 
 def as_json(result: ReplayResult) -> dict[str, Any]:
@@ -135,18 +136,21 @@ def costs(result: ReplayResult) -> list[str]:
     for delay in delays:
         best = result.best(delay)
         measures = best.measures
+        # Where slates have five items or fewer, the first five hold everything.
+        has_top = base.clicks_in_top_5 < _ALL
         if delay == delays[0]:
             text = (
                 f"With feedback {_late(delay)}, a clicked item ranks above an unclicked one of its impression in "
-                f"{_percent(measures.auc.mean)} of the cases, and {_percent(measures.clicks_in_top_5)} of the clicks "
-                "fall on the five that we put first"
+                f"{_percent(measures.auc.mean)} of the cases"
             )
+            if has_top:
+                text += f", and {_percent(measures.clicks_in_top_5)} of the clicks fall on the five that we put first"
         else:
-            text = (
-                f"{delay_words(delay)} late costs {_points(base.auc.mean - measures.auc.mean)} of AUC against "
-                f"feedback {_late(delays[0])}; the first five hold {_percent(measures.clicks_in_top_5)} of the clicks, "
-                f"{_points(base.clicks_in_top_5 - measures.clicks_in_top_5)} fewer"
-            )
+            lost = base.auc.mean - measures.auc.mean
+            text = f"{delay_words(delay)} late costs {_points(lost)} of AUC against feedback {_late(delays[0])}"
+            if has_top:
+                fewer = _points(base.clicks_in_top_5 - measures.clicks_in_top_5)
+                text += f"; the first five hold {_percent(measures.clicks_in_top_5)} of the clicks, {fewer} fewer"
         gain = best.over_frozen
         if gain is not None:
             certain = "" if gain.low <= 0 <= gain.high else ", beyond chance"
