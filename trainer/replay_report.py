@@ -86,6 +86,12 @@ def _row(row: ModeResult) -> dict[str, Any]:
     }
 
 
+def _alone(slates: SlateMeasures, name: str) -> str:
+    """Say what a source has in its first places, and what only it has: what a quota of it buys."""
+    only, first = slates.source_only.get(name, 0.0), slates.source_recall_first.get(name, math.nan)
+    return f" (first {slates.k}: {first:.3f}" + (f", only there {only:.3f})" if only else ")")
+
+
 def _slice(found: Slice) -> dict[str, Any]:
     return {
         "impressions": found.impressions,
@@ -212,7 +218,9 @@ def slate_lines(result: ReplayResult) -> list[str]:
         if slates is None:
             continue
         sources = ", ".join(
-            f"{name} {value:.3f}" for name, value in slates.source_recall.items() if not math.isnan(value) and value > 0
+            f"{name} {value:.3f}{_alone(slates, name)}"
+            for name, value in slates.source_recall.items()
+            if not math.isnan(value) and value > 0
         )
         told.append(
             f"{delay_text(row.feedback_delay_seconds)} {row.mode}: {slates.impressions:,} slates, "
