@@ -188,7 +188,7 @@ def test_a_request_gets_the_same_slate_alone_and_in_a_batch(world: World) -> Non
     world.act("b0", user=1)
     world.act("c0", user=2)
     world.popular({"a3": 5, "b3": 5, "c3": 5})
-    serve(world, scorer(clicks_second=0.5, sim_short=1.0, clicks_first_z=0.2, ctr_first_rank=0.1))
+    serve(world, scorer(clicks_second=0.5, sim_short=1.0, clicks_first_gap=0.2, ctr_first_rank=0.1))
     requests = [SlateRequest(f"user {n}", n, k=k) for n, k in ((0, 5), (1, 20), (2, 7))]
     world.recommender.refresh(LATER_MS)
     together = world.recommender.recommend(world.rows, requests, LATER_MS)

@@ -112,12 +112,14 @@ def test_impressions_of_one_time_keep_their_order() -> None:
     assert [r.offset for r in ordered.records] == [1, 2, 3, 0]
 
 
-def test_priors_are_the_ctr_that_the_counters_show() -> None:
+def test_priors_are_the_rates_that_the_counters_show() -> None:
     shown = record(0, 0, [1, 2], [], START_MS)
-    counters = np.zeros((2, 4, 3))
-    counters[:, :, 0], counters[:, :, 1] = np.log1p(10_000), np.log1p(200)
+    counters = np.zeros((2, 4, 4))
+    counters[:, :, 0], counters[:, :, 1], counters[:, :, 3] = np.log1p(10_000), np.log1p(200), np.log1p(100)
     shown.counters = counters.astype("<f2").tobytes()
-    np.testing.assert_allclose(fit_priors([shown]).prior_ctr, [0.02] * 4, rtol=0.02)
+    priors = fit_priors([shown])
+    np.testing.assert_allclose(priors.prior_ctr, [0.02] * 4, rtol=0.02)
+    np.testing.assert_allclose(priors.prior_coec, [2.0] * 4, rtol=0.03)
 
 
 def test_priors_of_a_window_are_not_padded_to_its_longest_slate() -> None:
