@@ -100,7 +100,8 @@ def test_item_record_round_trips() -> None:
     index = ItemIndex()
     index.add("Ärtikel")
     values = np.arange(16, dtype=np.float64).reshape(1, 4, 4) / 7
-    state = Absolute(np.array([0], np.int32), values, np.array([[5, 2, 3_500]]), np.array([41]), np.array([T]), np.array([T - 5]))
+    totals, offset = np.array([[5, 2, 3_500]]), np.array([41])
+    state = Absolute(np.array([0], np.int32), values, totals, offset, np.array([T]), np.array([T - 5]))
     [(key, value)] = encode_items(index, state, EPOCH, 9)
     record = decode_item(value)
     assert key.decode() == "Ärtikel"
