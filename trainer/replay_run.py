@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO, Final
 
 from pydantic import ValidationError
 from rich.console import Console
@@ -18,7 +21,7 @@ from models.errors import EncoderError, ReplayError
 from models.joiner import JoinerConfig
 from models.surfaces import RecommenderConfig
 from models.user_events import UserStateConfig
-from trainer.progress import progress
+from trainer.progress import LINE_SECONDS, Show, progress
 from trainer.replay import ReplayResult, find_parts, replay
 from trainer.replay_html import as_html
 from trainer.replay_plot import draw, require_matplotlib
@@ -26,6 +29,8 @@ from trainer.replay_report import as_json, costs, lines, sentence, slate_lines, 
 from trainer.replay_settings import ReplayConfig, duration_seconds
 
 Say = Callable[[str], None]
+UNITS: Final = {"training": "steps", "encoding texts": "texts", "measuring": "modes"}
+"""What each step counts; all others count events."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +75,7 @@ def run(options: ReplayOptions, core: CoreSettings, say: Say) -> ReplayResult:
         require_matplotlib()
     source = find_parts(options.kind, options.paths, options.score)
     jobs = options.jobs or min(_cores(), len(set(config.delays_seconds)))
-    with progress(sys.stderr) as show:
+    with told(sys.stderr) as show:
         result = replay(
             source, config, encoder=_encoder(core.encoder, say) if options.texts else None, jobs=jobs, show=show
         )
@@ -98,6 +103,29 @@ def config_of(options: ReplayOptions, core: CoreSettings) -> ReplayConfig:
         first = error.errors()[0]
         name = "--" + str(first["loc"][0]).replace("_seconds", "").replace("_", "-") if first["loc"] else "the options"
         raise ReplayError(f"{name}: {first['msg']}, not {first['input']!r}") from None
+
+
+@contextmanager
+def told(stream: IO[str], clock: Callable[[], float] = time.monotonic) -> Iterator[Show]:
+    """Give a function that shows steps on ``stream``: bars on a terminal, elsewhere a sentence now and then.
+
+    One in ``LINE_SECONDS`` at most, of whatever is done then: delays run side by side. ``clock``: seconds.
+    """
+    if stream.isatty():
+        with progress(stream) as show:
+            yield show
+        return
+    due = clock()
+
+    def write_line(step: str, done: int, total: int | None) -> None:
+        nonlocal due
+        if clock() < due:
+            return
+        due = clock() + LINE_SECONDS
+        of = f" of {total:,}" if total is not None else ""
+        print(f"{step}, {done:,}{of} {UNITS.get(step.rpartition(': ')[2], 'events')}", file=stream, flush=True)
+
+    yield write_line
 
 
 def tell(result: ReplayResult, say: Say) -> None:

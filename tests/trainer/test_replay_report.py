@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html.parser
+import io
 import json
 import math
 import struct
@@ -19,6 +20,7 @@ from trainer.replay_html import as_html
 from trainer.replay_measures import Measures, Slice
 from trainer.replay_plot import draw
 from trainer.replay_report import as_json, costs, lines, sentence, slate_lines, table
+from trainer.replay_run import told
 from trainer.replay_settings import Mode
 from trainer.replay_slates import SlateMeasures
 
@@ -221,3 +223,15 @@ def test_lines_and_table_have_a_row_for_each_result() -> None:
 
 def test_delays_are_told_in_the_largest_whole_unit() -> None:
     assert [delay_text(s) for s in (0.0, 90.0, 300.0, 5_400.0, 86_400.0)] == ["0 s", "90 s", "5 min", "90 min", "1 d"]
+
+
+def test_progress_off_a_terminal_is_a_sentence_every_five_seconds_at_most() -> None:
+    out, now = io.StringIO(), [100.0]
+    with told(out, lambda: now[0]) as show:
+        show("5 min: training", 156, None)
+        show("1 h: training", 12, None)
+        now[0] += 4.9
+        show("1 h: training", 13, 13)
+        now[0] += 0.1
+        show("5 min: reading, live", 20_000, 407_313)
+    assert out.getvalue() == "5 min: training, 156 steps\n5 min: reading, live, 20,000 of 407,313 events\n"
