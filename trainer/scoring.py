@@ -58,8 +58,11 @@ class ItemTable:
         at = np.searchsorted(items, encodings.items[order])
         vectors[at] = space.item_vectors(encodings.base[order], encodings.items[order])
         own = own_vectors(space, items, embeddings)
-        has = own.any(axis=1)
-        vectors[has] = unit(vectors[has] + EMBEDDING_WEIGHT * own[has])
+        has, has_text = own.any(axis=1), vectors.any(axis=1)
+        both, alone = has & has_text, has & ~has_text
+        vectors[both] = unit(vectors[both] + EMBEDDING_WEIGHT * own[both])
+        # As it is: scaled once more, its last bits were others than the worker's.
+        vectors[alone] = own[alone]
         self.items: Hashes = items
         self.vectors = SpaceVectors(space.dim)
         self.vectors.set_many(np.arange(len(items)), vectors, np.ones(len(items), np.uint64))
