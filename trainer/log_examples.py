@@ -30,7 +30,7 @@ from models.live_features import CountsReader, raw_from_state
 from models.logs import LogEvent, LogReader
 from models.user_state import UserReader
 from trainer.log_labels import LogLabels
-from trainer.log_state import DEFAULT_SURFACE, EPOCH, PARTITION, LogConfig, LogState, OnReads, Reads, blocks
+from trainer.log_state import EPOCH, PARTITION, LogConfig, LogState, OnReads, Reads, blocks
 from trainer.scoring import ItemTable
 
 __all__ = [
@@ -249,7 +249,7 @@ class _Replay:
             broker_ms=time_ms,
             processed_ms=time_ms,
             flags=0,
-            surface=impression.surface or DEFAULT_SURFACE,
+            surface=impression.surface or self._config.surfaces[0],
             request_id=impression.request_id,
             experiment=impression.experiment,
             policy=EXTERNAL if impression.request_id is None else impression.experiment or MODEL,

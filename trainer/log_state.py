@@ -91,6 +91,11 @@ class LogConfig(BaseModel):
     counters: CountersConfig = Field(default_factory=lambda: CountersConfig(), description="Of the item counters.")
     ranking: RankingConfig = Field(default_factory=lambda: RankingConfig(), description="How tastes are scaled.")
     joiner: JoinerConfig = Field(default_factory=lambda: JoinerConfig(), description="Where the log has no outcomes.")
+    surfaces: tuple[str, ...] = Field(
+        (DEFAULT_SURFACE,),
+        min_length=1,
+        description="Surfaces of the recommender; the first is that of events that name none.",
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,7 +170,7 @@ class LogState:
         self._delay_ms = round(config.feedback_delay_seconds * 1_000)
         self.counters = ItemCounters(catalogue.index, config.counters, lambda row: catalogue.item(row) is not None)
         self.counters.own(PARTITION)
-        self.surfaces = surface_names(DEFAULT_SURFACE, (), config.user_state)
+        self.surfaces = surface_names(config.surfaces[0], config.surfaces, config.user_state)
         self.space_hash = hash64(space_id)
         self._places: dict[str, int] = {}
         self._rows: Rows = empty_rows(1_024)

@@ -148,19 +148,26 @@ def item_vectors(
     source: Source, reader: LogReader, survey: Survey, encoder: EncoderConfig | None, folder: Path, show: Show
 ) -> ItemVectors:
     """Return where the items lie that a replay needs: those shown, and the latest of each user's earlier actions."""
-    if encoder is None:
-        return ItemVectors()
-    named = {hash64(item.item_id): text for item in reader.items() if (text := item_text(item))}
-    if not named:
+    texts: dict[int, str] = {}
+    embeddings: dict[int, list[float]] = {}
+    for item in reader.items():
+        if encoder is not None and (text := item_text(item)):
+            texts[hash64(item.item_id)] = text
+        if item.embedding is not None:
+            embeddings[hash64(item.item_id)] = item.embedding
+    if not texts and not embeddings:
         return ItemVectors()
     needed = {hash64(item) for item in survey.first_shown_ms} | acted_on(reader, HISTORY_ITEMS)
-    texts = {item: text for item, text in named.items() if item in needed}
+    texts = {item: text for item, text in texts.items() if item in needed}
+    embeddings = {item: own for item, own in embeddings.items() if item in needed}
+    if encoder is None or not texts:
+        return ItemVectors(embeddings=embeddings)
     loaded = TextEncoder.load(encoder)
     space = find_or_compute_space(loaded, folder)
     encodings = encode_items(
         loaded, texts, OutputCache(folder, CACHE_BYTES), lambda done, total: show("encoding texts", done, total)
     )
-    return ItemVectors(space, texts, encodings, encoder, folder)
+    return ItemVectors(space, texts, encodings, encoder, folder, embeddings)
 
 
 def delay_text(seconds: float) -> str:

@@ -155,6 +155,7 @@ class Delay:
                 counters=config.counters,
                 ranking=config.recommender.ranking,
                 joiner=config.joiner,
+                surfaces=(config.recommender.default_surface, *config.recommender.surfaces),
             ),
             lambda events: self._show(step, events, survey.events),
             on_reads,

@@ -48,7 +48,7 @@ class NoEncoder(TextEncoder):
 
 @dataclass(slots=True)
 class ItemVectors:
-    """Where the items of a replay lie: their texts in the bootstrap space of an encoder, or nowhere."""
+    """Where the items of a replay lie: their texts in the bootstrap space of an encoder, and what they bring."""
 
     space: Space = field(default_factory=lambda: Space(NO_TEXTS, NO_TEXTS, np.eye(SPACE_DIM, dtype=np.float32)))
     texts: dict[int, str] = field(default_factory=dict)
@@ -62,15 +62,17 @@ class ItemVectors:
     """What made them; None: there are no texts."""
     cache: Path | None = None
     """Where the encodings are kept for the trainings."""
+    embeddings: dict[int, list[float]] = field(default_factory=dict)
+    """Vectors that items bring themselves, by hash64 of the item id."""
 
     @property
     def has_vectors(self) -> bool:
         """Whether any item has one."""
-        return bool(len(self.encodings.items))
+        return bool(len(self.encodings.items) or self.embeddings)
 
     def table(self) -> ItemTable:
         """Return the items' vectors, found by hash."""
-        return ItemTable(self.space, self.encodings)
+        return ItemTable(self.space, self.encodings, self.embeddings)
 
     def load_encoder(self) -> TextEncoder:
         """Return the encoder. Raises EncoderError where it is not there any more."""
@@ -167,7 +169,7 @@ class Learner:
         scorer, features = (None, None) if parent is None else (parent.scorer, parent.features)
         start = StartingPoint(self._items.space, self._encoder, None, scorer, features)
         alike = like_the_scored(known, self._schedule, self._unclicked())
-        chosen = TrainingSet(alike.records, alike.labels, self._items.texts)
+        chosen = TrainingSet(alike.records, alike.labels, self._items.texts, embeddings=self._items.embeddings)
         config = self._config if parent is None else again(self._config)
         return train(chosen, start, config, cache_folder=self._items.cache, on_progress=self._show)
 

@@ -102,7 +102,7 @@ def events() -> list[dict[str, Any]]:
                 event["items"][0]["propensity"] = 0.25
             if rng.random() < 0.5:
                 event |= {"request_id": f"r{len(made)}", "session_id": "s", "context": {"device": "phone"}}
-            event |= {"surface": rng.choice(("default", "elsewhere"))} if rng.random() < 0.5 else {}
+            event |= {"surface": rng.choice(("home", "article", "elsewhere"))} if rng.random() < 0.5 else {}
             shown[user] = event
         elif kind < 0.95:
             last = shown[user]
@@ -174,6 +174,8 @@ def played(kafka: str, tmp_path_factory: pytest.TempPathFactory) -> Played:
             "worker": {"batch_max_events": 1},
             "events": {"clock": {"policy": "trusted"}},
             "examples": {"max_lag_seconds": 600.0},
+            "recommender": {"default_surface": "home", "surfaces": {"home": {}, "article": {}}},
+            "user_state": {"base_rates": {"home": 0.2}, "attribution_windows_seconds": {"article": 60}},
         }
         async with world(settings_maker(folder, lambda: kafka), folder, items=0, **sections) as on:
             log = write_log(folder / "log")
@@ -271,6 +273,7 @@ def replay_side(on: World, log: Path, table: ItemTable) -> Side:
             counters=settings.counters,
             ranking=settings.recommender.ranking,
             joiner=settings.joiner,
+            surfaces=(settings.recommender.default_surface, *settings.recommender.surfaces),
         ),
         on_reads=on_reads,
     )

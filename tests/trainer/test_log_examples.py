@@ -17,6 +17,7 @@ from models.events import Action, ImpressedItem, Impression, Item, User
 from models.examples import FeaturesRecord, raw_slates
 from models.hashing import hash64
 from models.logs import LogEvent, open_log
+from models.user_events import UserStateConfig
 from trainer.log_examples import LogConfig, LogExamples, catalogue_of, log_examples, thinned
 from trainer.scoring import ItemTable
 
@@ -177,6 +178,15 @@ def test_without_outcomes_the_joiner_labels_and_an_open_window_is_left_out() -> 
     assert [r.user_id for r in made.records] == ["u", "v"]
     assert [labels.tolist() for labels in made.labels] == [[0.0, 1.0], [0.0, 0.0]]
     assert made.unlabelled == 1
+
+
+def test_an_event_without_a_surface_has_the_window_of_the_default_one_whatever_its_name() -> None:
+    log = impression(HOUR, "u", "ab"), click(HOUR + 120_000, "u", "b"), impression(3 * HOUR, "u", "ab")
+    brief = UserStateConfig(attribution_windows_seconds={"home": 60})
+    home = examples(*log, config=LogConfig(surfaces=("home", "article"), user_state=brief))
+    article = examples(*log, config=LogConfig(surfaces=("article", "home"), user_state=brief))
+    assert (home.records[0].surface, home.labels[0].tolist()) == ("home", [0.0, 0.0])
+    assert (article.records[0].surface, article.labels[0].tolist()) == ("article", [0.0, 1.0])
 
 
 def test_an_item_that_no_record_names_is_in_the_example() -> None:

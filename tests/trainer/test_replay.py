@@ -329,3 +329,12 @@ def test_items_with_texts_have_vectors_and_users_tastes(tmp_path: Path) -> None:
     assert 0 < slates.intra_list_diversity < 1
     assert slates.source_recall["short_term"] > 0
     assert ("encoding texts", 3, 3) in told
+
+
+def test_items_that_bring_their_own_vectors_have_them_without_any_text(tmp_path: Path) -> None:
+    random = np.random.default_rng(2)
+    items = [{"item_id": f"i{n}", "embedding": random.standard_normal(8).tolist()} for n in range(40)]
+    log = write_log(tmp_path, *Written.fashions(hours=30, scored_hours=8), items=items)
+    result = replay(log, ReplayConfig(slates=10, modes=("live",)))
+    assert result.has_item_vectors
+    assert row(result, "live").slates.source_recall["short_term"] > 0
