@@ -12,8 +12,8 @@ from __future__ import annotations
 import asyncio
 import json
 import random
-from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,12 +23,11 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from models.bundle import ItemEncodings
+from models.bundle import BundleContents, ItemEncodings
 from models.ctr import CtrConfig, CtrScorer
 from models.encoder import content_hash
 from models.events import ImpressedItem, Impression, Item
 from models.examples import FeaturesRecord, decode_features, label_values
-from models.features import FeatureConfig
 from models.hashing import hash64
 from models.logs import LogEvent
 from models.logs.jsonl import JsonlLog
@@ -163,40 +162,52 @@ class Played:
     """Scores an impression as the trainer does."""
 
 
+@asynccontextmanager
+async def a_worker_took_the_log(
+    kafka: str, folder: Path, *, partitions: int, batch_max_events: int
+) -> AsyncIterator[tuple[World, Path]]:
+    """Topics on which a worker processed all of the log; and where the log is."""
+    sections: dict[str, Any] = {
+        "topics": {"partitions": partitions},
+        "worker": {"batch_max_events": batch_max_events},
+        "events": {"clock": {"policy": "trusted"}},
+        "examples": {"max_lag_seconds": 600.0},
+        "recommender": {"default_surface": "home", "surfaces": {"home": {}, "article": {}}},
+        "user_state": {"base_rates": {"home": 0.2}, "attribution_windows_seconds": {"article": 60}},
+    }
+    async with world(settings_maker(folder, lambda: kafka), folder, items=0, **sections) as on:
+        on.item_ids += [item["item_id"] for item in items()]
+        log = write_log(folder / "log")
+        await through_kafka(on, log, folder)
+        yield on, log
+
+
 @pytest.fixture(scope="module")
 def played(kafka: str, tmp_path_factory: pytest.TempPathFactory) -> Played:
     """The log, sent through both."""
     folder = tmp_path_factory.mktemp("parity")
 
     async def scenario() -> Played:
-        sections: dict[str, Any] = {
-            "topics": {"partitions": 1},
-            "worker": {"batch_max_events": 1},
-            "events": {"clock": {"policy": "trusted"}},
-            "examples": {"max_lag_seconds": 600.0},
-            "recommender": {"default_surface": "home", "surfaces": {"home": {}, "article": {}}},
-            "user_state": {"base_rates": {"home": 0.2}, "attribution_windows_seconds": {"article": 60}},
-        }
-        async with world(settings_maker(folder, lambda: kafka), folder, items=0, **sections) as on:
-            log = write_log(folder / "log")
-            on.item_ids += [item["item_id"] for item in items()]
-            config, tensors = scorer_parts(64, seed=2)
-            made = bundle_contents(on, 1, scorer_config=config, scorer_tensors=tensors)
-            encodings = exact_encodings()
-            await through_kafka(on, log, encodings, folder)
-            worker = await worker_side(on)
+        async with a_worker_took_the_log(kafka, folder, partitions=1, batch_max_events=1) as (on, log):
+            live = live_bundle(on)
             brought = {hash64(item["item_id"]): item["embedding"] for item in items() if "embedding" in item}
-            table = ItemTable(made.space, encodings, brought)
-            scorer = CtrScorer(CtrConfig.model_validate(config), tensors)
+            table = ItemTable(live.space, exact_encodings(), brought)
+            scorer = CtrScorer(CtrConfig.model_validate(live.scorer_config), live.scorer_tensors)
 
             def scores(record: FeaturesRecord) -> F32:
                 # One at a time, as the worker had them: the last bits of a matrix product depend on its size.
-                [found] = score(scorer, FeatureConfig(), table, [record])
+                [found] = score(scorer, live.features, table, [record])
                 return found
 
-            return Played(worker, replay_side(on, log, table), scores)
+            return Played(await worker_side(on), replay_side(on, log, table), scores)
 
     return asyncio.run(scenario())
+
+
+def live_bundle(on: World) -> BundleContents:
+    """Return the bundle that the worker serves with: the bootstrap's space, and a model of random weights."""
+    config, tensors = scorer_parts(64, seed=2)
+    return bundle_contents(on, 1, scorer_config=config, scorer_tensors=tensors)
 
 
 def exact_encodings() -> ItemEncodings:
@@ -211,18 +222,16 @@ def exact_encodings() -> ItemEncodings:
     return ItemEncodings(hashes, contents, np.eye(len(texts), BASE_DIM, dtype=np.float16))
 
 
-async def through_kafka(on: World, log: Path, encodings: ItemEncodings, folder: Path) -> None:
+async def through_kafka(on: World, log: Path, folder: Path) -> None:
     """Import the log, make the bundle the live one, and let a worker process all of it."""
-    config, tensors = scorer_parts(64, seed=2)
     announcer = Announcer(on, folder / "made")
-    sha256 = announcer.publish(bundle_contents(on, 1, scorer_config=config, scorer_tensors=tensors))
-    await announcer.announce_live("v1", sha256)
-    outbox, topic = Outbox(), on.names.item_vectors
+    await announcer.announce_live("v1", announcer.publish(live_bundle(on)))
+    encodings, outbox, topic = exact_encodings(), Outbox(), on.names.item_vectors
     named = {hash64(name): name for name in on.item_ids}
     async with TopicWriter(on.settings, topic) as writer:
-        for at, (item, content) in enumerate(zip(encodings.items.tolist(), encodings.contents.tolist(), strict=True)):
-            value = item_vectors.value(content, encodings.base[at].astype(np.float32))
-            writer.add(outbox, topic, item_vectors.key(encoder_id(), named[item]), value)
+        for item, content, base in zip(encodings.items, encodings.contents, encodings.base, strict=True):
+            value = item_vectors.value(int(content), base.astype(np.float32))
+            writer.add(outbox, topic, item_vectors.key(encoder_id(), named[int(item)]), value)
         await writer.send(outbox)
     sent = await Importer(on.settings, JsonlLog(log), ImportOptions()).run()
     assert (sent.items, sent.events) == (ITEMS, EVENTS)
@@ -231,19 +240,25 @@ async def through_kafka(on: World, log: Path, encodings: ItemEncodings, folder: 
     assert await worker.stop() == 0
 
 
+async def rows_written(on: World) -> dict[str, list[tuple[int, Rows]]]:
+    """Return by user the rows [1] that the worker wrote, oldest first, each with the last offset that it holds."""
+    found: dict[str, list[tuple[int, Rows]]] = {}
+    for kept in await read_topic(on.settings, on.names.user_table_changelog):
+        row = decode_rows([row_of(kept.value)])
+        found.setdefault(kept.key.decode(), []).append((guard_of(kept.value)[1], row))
+    return found
+
+
 async def worker_side(on: World) -> Side:
     """Read from the topics what the worker made; offsets are places in the log, there being one partition."""
-    side = Side()
-    rows: defaultdict[str, dict[int, Rows]] = defaultdict(dict)
-    for kept in await read_topic(on.settings, on.names.user_table_changelog):
-        user, at = kept.key.decode(), guard_of(kept.value)[1]
-        rows[user][at] = side.final[user] = decode_rows([row_of(kept.value)])
+    side, written = Side(), await rows_written(on)
+    side.final = {user: rows[-1][1] for user, rows in written.items()}
     for kept in await read_topic(on.settings, on.names.features):
         record = decode_features(kept.value)
         assert record.offset not in side.records, "processed twice: a part of the log was played again"
         side.records[record.offset] = record
-        earlier = [at for at in rows[record.user_id] if at < record.offset]
-        side.before[record.offset] = rows[record.user_id][max(earlier)] if earlier else empty_rows(1)
+        earlier = [row for at, row in written[record.user_id] if at < record.offset]
+        side.before[record.offset] = earlier[-1] if earlier else empty_rows(1)
     places = {record.impression_id: at for at, record in side.records.items()}
     for label in sorted(await sent_labels(on), key=lambda label: label.as_of):
         at = places[label.impression_id]
@@ -292,6 +307,17 @@ def test_every_user_has_the_same_row_after_the_log(played: Played) -> None:
     assert played.worker.final.keys() == played.replay.final.keys() == {f"user-{n}" for n in range(USERS)}
     for user, row in played.worker.final.items():
         assert fields_that_differ(row, played.replay.final[user]) <= NOT_OF_THE_ROW, user
+
+
+def test_large_batches_of_several_partitions_make_the_same_rows(kafka: str, tmp_path: Path, played: Played) -> None:
+    async def scenario() -> dict[str, Rows]:
+        async with a_worker_took_the_log(kafka, tmp_path, partitions=4, batch_max_events=256) as (on, _):
+            return {user: rows[-1][1] for user, rows in (await rows_written(on)).items()}
+
+    final = asyncio.run(scenario())
+    assert final.keys() == played.replay.final.keys()
+    for user, row in final.items():
+        assert fields_that_differ(row, played.replay.final[user]) <= {"offset"} | NOT_OF_THE_ROW, user
 
 
 def test_every_impression_found_the_same_row(played: Played) -> None:
