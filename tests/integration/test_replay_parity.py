@@ -87,7 +87,8 @@ def events() -> list[dict[str, Any]]:
         if made and rng.random() < 0.06:
             made.append(made[-1])
             continue
-        user = f"user-{rng.randrange(USERS)}"
+        # Often the one who was just seen: then the click falls into the attribution window.
+        user = made[-1]["user_id"] if made and rng.random() < 0.5 else f"user-{rng.randrange(USERS)}"
         event: dict[str, Any] = {"event_id": f"e{len(made)}", "event_time": now_ms, "user_id": user}
         kind = rng.random()
         if kind < 0.5 or user not in shown:
