@@ -19,6 +19,12 @@ from models.ranking import F32, I32, LONG_TERM, SHORT_TERM, RankingConfig, clip_
 
 PART_ITEMS: Final = 4_096
 """Items that are encoded and scored at once."""
+SHOWN_NOW: Final = 0
+"""Half-life of the counters that tells what is being shown now: the shortest."""
+LEAST_EXPOSURE: Final = 0.1
+"""Impressions that every item has besides: where next to nothing was shown lately, all count alike."""
+UNPROVEN_ODDS: Final = 0.1
+"""Odds of an item of which the model is not believed, in those of the hand-set score: others did not show it."""
 HALF_LIFE: Final = 1
 """Half-life of the counters that the hand-set score reads: RecommenderConfig's own default."""
 
@@ -54,6 +60,29 @@ def learned_log_odds(
             "of them; roll back to the previous version"
         )
     return log_odds
+
+
+def trusted_log_odds(log_odds: F32, raw: RawSlates, ranking: RankingConfig) -> F32:
+    """Return what candidates are ordered by: a model's log-odds as far as it is believed, float32 [S, C].
+
+    A model that learned the order of what was shown extrapolates to what was not. With n impressions at the shortest
+    half-life, n' = n + 0.1, and m the mean of n over the slate, weighted by n itself (what an impression shows):
+    w = n' / (n' + κ·m), odds = w · learned odds + (1 − w) · 0.1 · hand-set odds. Exposure is the gate between two
+    experts (Jacobs et al. 1991, Adaptive mixtures of local experts); doubt counts against an item (Jeunen and Goethals
+    2021, Pessimistic reward models for off-policy learning in recommendation). Dividing by m makes w the same at any
+    traffic. The very same array where κ is 0; 0 where not valid.
+    """
+    if not ranking.half_trust_exposure or not log_odds.size:
+        return log_odds
+    # In float64, so that neither padding nor the order of the items moves a score by as much as is told apart.
+    shown = np.where(raw.valid, np.expm1(raw.counters[:, :, SHOWN_NOW, IMPRESSIONS].astype(np.float64)), 0)
+    total = shown.sum(axis=1, keepdims=True)
+    usual = np.square(shown).sum(axis=1, keepdims=True) / np.where(total > 0, total, 1)
+    half = ranking.half_trust_exposure * usual
+    believed = (shown + LEAST_EXPOSURE) / (shown + LEAST_EXPOSURE + half)
+    doubt = np.log(np.maximum(UNPROVEN_ODDS * (1 - believed), np.finfo(np.float64).tiny))
+    mixed = np.logaddexp(log_odds + np.log(believed), hand_set_log_odds(raw, ranking) + doubt)
+    return np.where(raw.valid, mixed, 0).astype(np.float32)
 
 
 def hand_set_log_odds(raw: RawSlates, ranking: RankingConfig, priors: FeatureConfig | None = None) -> F32:

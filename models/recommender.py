@@ -37,7 +37,7 @@ from models.exploration import RANDOMISED, draw
 from models.fresh_slots import Drawn, FreshPool, draw_slots, place
 from models.hashing import hash64
 from models.live_features import raw_from_state
-from models.log_odds import probability
+from models.log_odds import probability, trusted_log_odds
 from models.ranking import (
     F32,
     LONG_TERM,
@@ -255,7 +255,7 @@ class Recommender:
         if fresh is not None:
             pin(pool, fresh.rows, fresh.rows < 0, FRESH)
         self.on_stage("retrieve")
-        scores, ctr = self._score(states, pool, tastes, past, plan, now_ms)
+        scores, ctr = self._score(states, pool, tastes, past, plan, given, now_ms)
         scores = self._adjust(scores, pool, plan, now_ms)
         if given:
             scores -= is_in(pool.rows, past.unwanted) * UNWANTED_PENALTY
@@ -398,11 +398,14 @@ class Recommender:
                 kept.get(row, code) for row, code in zip(rows.tolist(), source.tolist(), strict=True)
             ]
 
-    def _score(self, states: UserRows, pool: Pool, tastes: F32, past: Past, plan: Plan, now_ms: int) -> tuple[F32, F32]:
+    def _score(
+        self, states: UserRows, pool: Pool, tastes: F32, past: Past, plan: Plan, given: bool, now_ms: int
+    ) -> tuple[F32, F32]:
         """Return the score of each candidate and its CTR, float32 [B, C]: by hand, or by the CTR model in use.
 
-        A model's score is its log-odds, with what it does not know (query and profile) added; its CTR is the sigmoid
-        of the log-odds alone. Raises ModelError where one is not finite.
+        A model's score is its log-odds, as far as they are believed where nobody named the candidates, with what it
+        does not know (query and profile) added; its CTR is the sigmoid of the log-odds alone. Raises ModelError where
+        one is not finite.
         """
         ranking, model = plan.ranking, self._model
         if model is None or model.scorer is None:
@@ -420,7 +423,9 @@ class Recommender:
         self.on_stage("gather")
         log_odds = model.log_odds(raw, pool.rows, recent_rows, ranking)
         item_vectors = self._catalogue.vectors[np.maximum(pool.rows, 0)]
-        scores = log_odds + wish_log_odds(item_vectors, tastes, ranking)
+        # Named candidates were chosen: the order among what is shown is what the model learned.
+        believed = log_odds if given else trusted_log_odds(log_odds, raw, ranking)
+        scores = believed + wish_log_odds(item_vectors, tastes, ranking)
         return scores, clip_ctr(probability(log_odds))
 
     def _gather(self, pool: Pool, tastes: F32, past: Past, now_ms: int) -> Features:

@@ -9,12 +9,13 @@ from models.bootstrap import Space
 from models.catalogue import SpaceVectors
 from models.ctr import CtrConfig, CtrScorer, tensor_shapes
 from models.features import COLUMNS, FeatureConfig, RawSlates
-from models.log_odds import hand_set_log_odds, learned_log_odds, probability
+from models.log_odds import hand_set_log_odds, learned_log_odds, probability, trusted_log_odds
 from models.ranking import RankingConfig
 from models.retrieval import VectorIndex
 from models.serving import ServingModel
 
 RANKING = RankingConfig()
+TRUSTING = RankingConfig(half_trust_exposure=2.0)
 NO_ROWS = np.full((1, 16), -1, np.int32)
 
 
@@ -131,3 +132,64 @@ def test_many_slates_score_as_each_of_them_alone() -> None:
         alone = learned_log_odds(model, FeatureConfig(), vectors, raw.take(at), rows[at], recents[at])
         assert together[at] == pytest.approx(alone, abs=1e-4)
     assert not together[~raw.valid].any()
+
+
+def exposed(impressions: list[float], clicks: list[float] | None = None) -> RawSlates:
+    """Return one slate: impressions at the shortest half-life, and clicks at the next one."""
+    n = len(impressions)
+    raw = slates([0.0] * n, clicks or [0.0] * n, [100.0] * n, [0] * n)
+    raw.counters[0, :, 0, 0] = np.log1p(impressions)
+    return raw
+
+
+def test_without_a_half_trust_exposure_the_models_log_odds_are_the_very_same_array() -> None:
+    learned = np.array([[-1.0, -3.0]], np.float32)
+    assert trusted_log_odds(learned, exposed([0, 50]), RANKING) is learned
+
+
+def test_an_item_that_others_do_not_show_needs_more_than_the_models_praise() -> None:
+    learned = np.array([[-1.0, -3.0]], np.float32)
+    found = trusted_log_odds(learned, exposed([0, 50]), TRUSTING)
+    assert found[0, 0] < found[0, 1]
+
+
+def test_a_usual_exposure_is_believed_by_a_third_where_half_trust_needs_twice_it() -> None:
+    # Both were shown 50 times, so that usual is 50: w = 50.1 / 150.1; the hand-set odds are a tenth of theirs.
+    raw, learned = exposed([50, 50]), np.array([[-1.0, -3.0]], np.float32)
+    hand = np.exp(hand_set_log_odds(raw, TRUSTING))
+    w = 50.1 / 150.1
+    expected = np.log(w * np.exp(learned) + (1 - w) * 0.1 * hand)
+    assert trusted_log_odds(learned, raw, TRUSTING) == pytest.approx(expected, abs=2e-3)
+
+
+def test_items_that_nobody_is_shown_keep_the_hand_set_order_beside_one_that_everybody_is_shown() -> None:
+    learned = np.array([[-3.0, -1.0, -2.0]], np.float32)
+    found = trusted_log_odds(learned, exposed([0, 0, 5_000], clicks=[9, 0, 0]), TRUSTING)
+    assert found[0, 0] > found[0, 1]
+
+
+def test_where_nothing_is_shown_lately_the_model_is_believed_in_full() -> None:
+    learned = np.array([[-1.0, -3.0]], np.float32)
+    assert trusted_log_odds(learned, exposed([0, 0]), TRUSTING) == pytest.approx(learned, abs=1e-6)
+
+
+def test_a_hundred_times_the_traffic_gives_the_same_order_of_trust() -> None:
+    learned = np.array([[-2.0, -2.4, -3.0, -1.0]], np.float32)
+    few = trusted_log_odds(learned, exposed([10, 20, 40, 5]), TRUSTING)
+    many = trusted_log_odds(learned, exposed([1_000, 2_000, 4_000, 500]), TRUSTING)
+    assert many == pytest.approx(few, abs=0.05)
+
+
+def test_padding_changes_no_trusted_log_odds_and_has_none() -> None:
+    raw, learned = exposed([3, 40]), np.array([[-1.0, -3.0]], np.float32)
+    padded = RawSlates.empty(1, 5)
+    for name in ("valid", "sims", "counters", "shown_counts"):
+        getattr(padded, name)[:, :2] = getattr(raw, name)
+    padded.counters[:, 2:] = 5.0
+    found = trusted_log_odds(np.pad(learned, ((0, 0), (0, 3))), padded, TRUSTING)
+    assert found[:, :2] == pytest.approx(trusted_log_odds(learned, raw, TRUSTING), abs=1e-6)
+    assert found[0, 2:].tolist() == [0, 0, 0]
+
+
+def test_slates_without_items_are_trusted_without_an_error() -> None:
+    assert trusted_log_odds(np.zeros((2, 0), np.float32), RawSlates.empty(2, 0), TRUSTING).shape == (2, 0)

@@ -194,3 +194,31 @@ def test_a_request_gets_the_same_slate_alone_and_in_a_batch(world: World) -> Non
     together = world.recommender.recommend(world.rows, requests, LATER_MS)
     alone = [world.recommender.recommend(world.rows, [request], LATER_MS)[0] for request in requests]
     assert [[i.item_id for i in s.items] for s in together] == [[i.item_id for i in s.items] for s in alone]
+
+
+def doubting() -> World:
+    """Return a world whose model is believed in proportion to exposure, and wants what was shown least of all."""
+    world = World(config=RecommenderConfig(ranking=RankingConfig(half_trust_exposure=2.0, shown_limit=255)), users=3)
+    world.clusters({"a": 30})
+    world.recommender._users = UserReader(world.state, world.catalogue, SPACE)
+    for _ in range(9):
+        world.show(["a3", "a4"], user=1)
+    serve(world, scorer(impressions_first=-0.2))
+    return world
+
+
+def test_what_is_shown_now_stands_before_what_the_model_only_extrapolates_to() -> None:
+    assert set(doubting().ids(k=2)) == {"a3", "a4"}
+
+
+def test_named_candidates_are_ordered_by_the_model_alone() -> None:
+    assert doubting().ids(k=2, candidates=["a3", "a7"]) == ["a7", "a3"]
+
+
+def test_doubt_moves_the_order_and_not_the_ctr() -> None:
+    world = doubting()
+    doubted = {item.item_id: item.ctr for item in world.slate(k=30).items}
+    world.recommender.reconfigure(RecommenderConfig(ranking=RankingConfig(shown_limit=255)))
+    plain = world.slate(k=30).items
+    assert plain[-1].item_id in {"a3", "a4"}
+    assert doubted == {item.item_id: item.ctr for item in plain}
