@@ -123,7 +123,9 @@ def told(stream: IO[str], clock: Callable[[], float] = time.monotonic) -> Iterat
             return
         due = clock() + LINE_SECONDS
         of = f" of {total:,}" if total is not None else ""
-        print(f"{step}, {done:,}{of} {UNITS.get(step.rpartition(': ')[2], 'events')}", file=stream, flush=True)
+        units = UNITS.get(step.rpartition(": ")[2], "events")
+        unit = units.removesuffix("s") if (done if total is None else total) == 1 else units
+        print(f"{step}, {done:,}{of} {unit}", file=stream, flush=True)
 
     yield write_line
 

@@ -234,4 +234,10 @@ def test_progress_off_a_terminal_is_a_sentence_every_five_seconds_at_most() -> N
         show("1 h: training", 13, 13)
         now[0] += 0.1
         show("5 min: reading, live", 20_000, 407_313)
-    assert out.getvalue() == "5 min: training, 156 steps\n5 min: reading, live, 20,000 of 407,313 events\n"
+        now[0] += 5.0
+        show("1 h: training", 1, None)
+    assert out.getvalue().splitlines() == [
+        "5 min: training, 156 steps",
+        "5 min: reading, live, 20,000 of 407,313 events",
+        "1 h: training, 1 step",
+    ]
