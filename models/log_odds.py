@@ -23,7 +23,7 @@ SHOWN_NOW: Final = 0
 """Half-life of the counters that tells what is being shown now: the shortest."""
 LEAST_EXPOSURE: Final = 0.1
 """Impressions that every item has besides: where next to nothing was shown lately, all count alike."""
-UNPROVEN_ODDS: Final = 0.1
+UNPROVEN_ODDS: Final = 0.3
 """Odds of an item of which the model is not believed, in those of the hand-set score: others did not show it."""
 HALF_LIFE: Final = 1
 """Half-life of the counters that the hand-set score reads: RecommenderConfig's own default."""
@@ -62,15 +62,16 @@ def learned_log_odds(
     return log_odds
 
 
-def trusted_log_odds(log_odds: F32, raw: RawSlates, ranking: RankingConfig) -> F32:
+def trusted_log_odds(log_odds: F32, raw: RawSlates, ranking: RankingConfig, priors: FeatureConfig | None = None) -> F32:
     """Return what candidates are ordered by: a model's log-odds as far as it is believed, float32 [S, C].
 
     A model that learned the order of what was shown extrapolates to what was not. With n impressions at the shortest
     half-life, n' = n + 0.1, and m the mean of n over the slate, weighted by n itself (what an impression shows):
-    w = n' / (n' + κ·m), odds = w · learned odds + (1 − w) · 0.1 · hand-set odds. Exposure is the gate between two
+    w = n' / (n' + κ·m), odds = w · learned odds + (1 − w) · 0.3 · hand-set odds. Exposure is the gate between two
     experts (Jacobs et al. 1991, Adaptive mixtures of local experts); doubt counts against an item (Jeunen and Goethals
     2021, Pessimistic reward models for off-policy learning in recommendation). Dividing by m makes w the same at any
-    traffic. The very same array where κ is 0; 0 where not valid.
+    traffic. ``priors``: of the model, so that both experts speak of one level of CTR. The very same array where κ is 0;
+    0 where not valid.
     """
     if not ranking.half_trust_exposure or not log_odds.size:
         return log_odds
@@ -81,7 +82,7 @@ def trusted_log_odds(log_odds: F32, raw: RawSlates, ranking: RankingConfig) -> F
     half = ranking.half_trust_exposure * usual
     believed = (shown + LEAST_EXPOSURE) / (shown + LEAST_EXPOSURE + half)
     doubt = np.log(np.maximum(UNPROVEN_ODDS * (1 - believed), np.finfo(np.float64).tiny))
-    mixed = np.logaddexp(log_odds + np.log(believed), hand_set_log_odds(raw, ranking) + doubt)
+    mixed = np.logaddexp(log_odds + np.log(believed), hand_set_log_odds(raw, ranking, priors) + doubt)
     return np.where(raw.valid, mixed, 0).astype(np.float32)
 
 

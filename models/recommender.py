@@ -424,7 +424,7 @@ class Recommender:
         log_odds = model.log_odds(raw, pool.rows, recent_rows, ranking)
         item_vectors = self._catalogue.vectors[np.maximum(pool.rows, 0)]
         # Named candidates were chosen: the order among what is shown is what the model learned.
-        believed = log_odds if given else trusted_log_odds(log_odds, raw, ranking)
+        believed = log_odds if given else trusted_log_odds(log_odds, raw, ranking, model.features)
         scores = believed + wish_log_odds(item_vectors, tastes, ranking)
         return scores, clip_ctr(probability(log_odds))
 

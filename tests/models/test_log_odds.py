@@ -154,11 +154,11 @@ def test_an_item_that_others_do_not_show_needs_more_than_the_models_praise() -> 
 
 
 def test_a_usual_exposure_is_believed_by_a_third_where_half_trust_needs_twice_it() -> None:
-    # Both were shown 50 times, so that usual is 50: w = 50.1 / 150.1; the hand-set odds are a tenth of theirs.
+    # Both were shown 50 times, so that usual is 50: w = 50.1 / 150.1; the hand-set odds count three tenths.
     raw, learned = exposed([50, 50]), np.array([[-1.0, -3.0]], np.float32)
     hand = np.exp(hand_set_log_odds(raw, TRUSTING))
     w = 50.1 / 150.1
-    expected = np.log(w * np.exp(learned) + (1 - w) * 0.1 * hand)
+    expected = np.log(w * np.exp(learned) + (1 - w) * 0.3 * hand)
     assert trusted_log_odds(learned, raw, TRUSTING) == pytest.approx(expected, abs=2e-3)
 
 
@@ -193,3 +193,10 @@ def test_padding_changes_no_trusted_log_odds_and_has_none() -> None:
 
 def test_slates_without_items_are_trusted_without_an_error() -> None:
     assert trusted_log_odds(np.zeros((2, 0), np.float32), RawSlates.empty(2, 0), TRUSTING).shape == (2, 0)
+
+
+def test_the_hand_set_part_speaks_of_the_models_level_of_ctr() -> None:
+    learned, raw = np.array([[-5.0, -5.0]], np.float32), exposed([0, 50])
+    raw.counters[0, 0] = 0
+    rare = FeatureConfig(prior_ctr=(0.01, 0.01, 0.01, 0.01))
+    assert trusted_log_odds(learned, raw, TRUSTING, rare)[0, 0] < trusted_log_odds(learned, raw, TRUSTING)[0, 0] - 0.5

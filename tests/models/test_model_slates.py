@@ -203,6 +203,8 @@ def doubting() -> World:
     world.recommender._users = UserReader(world.state, world.catalogue, SPACE)
     for _ in range(9):
         world.show(["a3", "a4"], user=1)
+    world.act("a3", user=2)
+    world.act("a4", user=2)
     serve(world, scorer(impressions_first=-0.2))
     return world
 
