@@ -96,7 +96,7 @@ class RankingConfig(BaseModel):
         ge=0,
         le=1_000,
         description="With a CTR model that learned from slates which others made: the exposure, in that of a usual "
-        "candidate which is shown now, at which it is believed by half. 2 was best on real logs; 0: always in full.",
+        "candidate which is shown now, at which it is believed by half. 2 did well on real logs; 0: always in full.",
     )
     clicked_window_seconds: float = Field(
         604_800.0,
