@@ -84,7 +84,9 @@ def window(examples: int, items: int = ITEMS) -> TrainingSet:
 def _record(
     number: int, user: int, shown: Any, recents: Any, popularity: Any, random: np.random.Generator
 ) -> FeaturesRecord:
-    counts = np.log1p(random.poisson(20_000 * popularity[:, None, None] * np.array([1.0, 0.05, 0.05]), (SLATE, 4, 3)))
+    counts = np.log1p(
+        random.poisson(20_000 * popularity[:, None, None] * np.array([1.0, 0.05, 0.05, 0.1]), (SLATE, 4, 4))
+    )
     time_ms = START_MS + 1_000 * number
     return FeaturesRecord(
         impression_id=number + 1,

@@ -167,7 +167,7 @@ class SimulatedWorker:
             impression_id=self._count,
             user_id=f"user-{user}",
             time_ms=self._time_ms,
-            counters=bytes(2 * SHOWN * 12),
+            counters=bytes(2 * SHOWN * 16),
             sims=bytes(4 * SHOWN),
             policy="model",
         )
