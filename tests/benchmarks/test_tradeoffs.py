@@ -1,0 +1,84 @@
+"""What of the benchmark of diversity is pure: the grid, nDCG of a slate, the figures of a tally."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from benchmarks.tradeoffs import OFF, Setting, Tally, figures, grid, ndcg
+from models.diversity import DiversityConfig
+from trainer.replay_slates import Popularity
+
+POPULARITY = Popularity({"a": 9, "b": 1}, ["a", "b", "c", "d", "e"])
+
+
+def _tally(*slates: list[str], clicked: str = "a", places: int = 2) -> Tally:
+    tally = Tally()
+    for slate in slates:
+        tally.take(slate, [clicked], 2, places)
+    return tally
+
+
+def test_a_click_in_the_second_place_is_worth_less_than_in_the_first() -> None:
+    assert ndcg(["a", "b", "c"], ["a"], 10) == 1.0
+    assert ndcg(["b", "a", "c"], ["a"], 10) == pytest.approx(1 / math.log2(3))
+
+
+def test_a_click_behind_the_k_th_place_or_left_out_is_worth_nothing() -> None:
+    assert ndcg(["b", "c", "a"], ["a"], 2) == 0.0
+    assert ndcg(["b", "c"], ["a"], 2) == 0.0
+
+
+def test_two_clicks_in_the_first_two_places_are_the_best_that_can_be() -> None:
+    assert ndcg(["b", "a", "c"], ["a", "b"], 10) == pytest.approx(1.0)
+
+
+def test_the_grid_begins_with_all_off() -> None:
+    first = grid(has_vectors=True, has_categories=True)[0]
+
+    assert first == OFF
+    assert first.diversity() == DiversityConfig()
+    assert first.surface == "default"
+
+
+def test_sameness_is_not_tried_without_vectors_nor_a_maximum_without_categories() -> None:
+    assert {s.knob for s in grid(has_vectors=False, has_categories=False)} == {"popularity_debias"}
+    assert {s.knob for s in grid(has_vectors=True, has_categories=False)} == {"popularity_debias", "sameness"}
+
+
+def test_a_setting_turns_one_knob_alone() -> None:
+    assert Setting("max_per_category", 2.0).diversity() == DiversityConfig(max_per_category=2)
+
+
+def test_settings_of_the_grid_have_surfaces_of_their_own() -> None:
+    settings = grid(has_vectors=True, has_categories=True)
+
+    assert len({s.surface for s in settings}) == len(settings)
+
+
+def test_cost_is_paired_so_that_a_constant_loss_has_no_width() -> None:
+    off = _tally(["a", "b"], ["a", "b"], ["a", "b"])
+    own = _tally(["b", "a"], ["b", "a"], ["b", "a"])
+
+    found = figures(own, off, ["u", "v", "w"], 5, POPULARITY, seed=0)
+
+    loss = 1 / math.log2(3) - 1
+    assert (found["cost"].low, found["cost"].mean, found["cost"].high) == pytest.approx((loss, loss, loss))
+
+
+def test_coverage_counts_different_items_of_the_counted_places_alone() -> None:
+    tally = _tally(["a", "b"], ["a", "c"], places=1)
+
+    found = figures(tally, tally, ["u", "v"], 5, POPULARITY, seed=0)
+
+    assert (found["items"], found["coverage"]) == (1, 0.2)
+
+
+def test_tail_share_is_of_places_beyond_the_most_clicked_fifth() -> None:
+    tally = _tally(["a", "b"], ["a", "c"])
+
+    found = figures(tally, tally, ["u", "v"], 5, POPULARITY, seed=0)
+
+    assert found["tail_share"] == 0.5
+    assert math.isnan(found["intra_list_diversity"])
