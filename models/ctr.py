@@ -171,6 +171,22 @@ class CtrScorer:
         cosine = along / np.sqrt(np.maximum(square, np.float32(0)) + np.float32(SMALL_NORM**2))
         return np.asarray(out + np.float32(self._scale) * cosine + np.float32(self._base), np.float32)
 
+    def attention(
+        self,
+        items_SCD: F32,
+        recents_SRD: F32,
+        recent_known_SR: Bools,
+        recent_age_SR: F32,
+        recent_codes_SR: npt.NDArray[np.uint8],
+    ) -> F32:
+        """Return what the model looks at for each item: the weights a_r of the recents, float32 [S, C, R].
+
+        Their sum is 1 less the weight of "nothing"; 0 where not known. Arguments as those of ``logits``.
+        """
+        kinds = recent_codes_SR & np.uint8(KIND_MASK)
+        keys = (recents_SRD.reshape(-1, items_SCD.shape[2]) @ self._keys).reshape(recents_SRD.shape)
+        return self._attention(items_SCD @ keys.transpose(0, 2, 1), kinds, recent_known_SR, recent_age_SR)
+
     def log_odds(self, logits: F32) -> F32:
         """Return the calibrated log-odds a·z + b of raw logits, any shape; the CTR is its sigmoid.
 

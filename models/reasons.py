@@ -1,6 +1,6 @@
 """Winners to the items of a slate: id, source and a reason in one plain sentence.
 
-Axes as in models/ranking.py, K positions of a slate.
+Axes as in models/ranking.py, K positions of a slate, N items that a reason names.
 """
 
 from __future__ import annotations
@@ -26,6 +26,12 @@ EXPLORATION: Final = "exploration"
 PICKED: Final = "pinned"
 KINDS: Final = (BECAUSE_CLICKED, TRENDING, NEW, LIKE_PROFILE, MATCHES_QUERY, EXPLORATION, PICKED)
 TITLE_CHARACTERS: Final = 80
+MOST_NAMED: Final = 3
+"""Items that one reason names at most."""
+LEAST_WEIGHT: Final = 0.1
+"""Attention below which no item is named: where the model cannot tell, 16 items and "nothing" have 0.06 each."""
+SHARE_OF_HIGHEST: Final = 0.5
+"""Attention that a named item has at least, of that of the item which the model looked at most."""
 
 _LIKED_SOURCES: Final = frozenset((SHORT_TERM, LONG_TERM, GIVEN, FRESH))
 """Sources of which being near a liked item says more than they do themselves."""
@@ -36,10 +42,11 @@ class Winners:
     """The chosen items of a batch, best first.
 
     ``rows`` int32 [B, K], ``counts`` int64 [B] (how many of the K there are), ``sources`` int8 [B, K], ``scores`` and
-    ``ctr`` float32 [B, K], ``trending`` bool [B, K] (has decayed clicks), ``nearest`` int32 [B, K]: row of the
-    nearest item that the user liked, -1 where none is near, ``actions`` uint8 [B, K]: code of what the user did with
-    it, ``asked`` int8 [B]: taste that speaks for items without a nearest one, -1 for none. ``propensities`` float32
-    [B, K]: probability of the item in its slot where the slot was drawn, NaN where it was not; None: nothing was drawn.
+    ``ctr`` float32 [B, K], ``trending`` bool [B, K] (has decayed clicks), ``named`` int32 [B, K, N]: rows of the items
+    that the user liked and that speak for this one, the strongest first, -1 where there is none, ``actions`` uint8
+    [B, K]: code of what the user did with the first, ``asked`` int8 [B]: taste that speaks for items without one, -1
+    for none. ``propensities`` float32 [B, K]: probability of the item in its slot where the slot was drawn, NaN where
+    it was not; None: nothing was drawn.
     """
 
     rows: I32
@@ -48,25 +55,44 @@ class Winners:
     scores: F32
     ctr: F32
     trending: Bools
-    nearest: I32
+    named: I32
     actions: npt.NDArray[np.uint8]
     asked: npt.NDArray[np.int8]
     propensities: F32 | None = None
 
 
 def nearest_liked(winner_vectors: F32, liked_vectors: F32, known: Bools, least: float) -> npt.NDArray[np.int64]:
-    """Return for each winner the place of the nearest item that its user liked, int64 [B, K], -1 for none.
+    """Return for each winner the place of the nearest item that its user liked, int64 [B, K, 1], -1 for none.
 
     ``winner_vectors`` float32 [B, K, D], ``liked_vectors`` float32 [B, R, D], ``known`` bool [B, R]. A similarity
     below ``least`` is no reason; of equal ones, the first place counts (the newest action).
     """
     if not known.any():
-        return np.full(winner_vectors.shape[:2], -1, np.int64)
+        return np.full((*winner_vectors.shape[:2], 1), -1, np.int64)
     near = np.matmul(winner_vectors, liked_vectors.transpose(0, 2, 1))
     near = np.where(known[:, None, :], near, np.float32(-np.inf))
-    best = near.argmax(axis=2)
-    value = np.take_along_axis(near, best[:, :, None], axis=2)[:, :, 0]
+    best = near.argmax(axis=2)[:, :, None]
+    value = np.take_along_axis(near, best, axis=2)
     return np.where(value >= least, best, -1)
+
+
+def looked_at(
+    weights: F32, winner_vectors: F32, liked_vectors: F32, known: Bools, least: float
+) -> npt.NDArray[np.int64]:
+    """Return for each winner the places of the liked items that the model looked at, int64 [B, K, N], -1 for none.
+
+    ``weights`` float32 [B, K, R]: its attention to all recent items, those that nobody may name included; the rest as
+    for ``nearest_liked``. Named are at most MOST_NAMED, by weight: those with LEAST_WEIGHT and SHARE_OF_HIGHEST. The
+    model may look at an item in order to avoid what is like it: a similarity below ``least`` is no reason here either.
+    """
+    if not known.any():
+        return np.full((*winner_vectors.shape[:2], 1), -1, np.int64)
+    highest = weights.max(axis=2, keepdims=True)
+    speaks = known[:, None, :] & (weights >= np.maximum(highest * np.float32(SHARE_OF_HIGHEST), LEAST_WEIGHT))
+    speaks &= np.matmul(winner_vectors, liked_vectors.transpose(0, 2, 1)) >= least
+    weights = np.where(speaks, weights, np.float32(0))
+    best = np.argsort(-weights, axis=2, kind="stable")[:, :, :MOST_NAMED]
+    return np.where(np.take_along_axis(weights, best, axis=2) > 0, best, -1)
 
 
 def assemble(winners: Winners, catalogue: Catalogue, language: Language = "en") -> list[list[RecommendedItem]]:
@@ -81,23 +107,23 @@ def assemble(winners: Winners, catalogue: Catalogue, language: Language = "en") 
         winners.scores.tolist(),
         winners.ctr.tolist(),
         winners.trending.tolist(),
-        winners.nearest.tolist(),
+        winners.named.tolist(),
         winners.actions.tolist(),
         strict=True,
     )
     drawn = winners.propensities.tolist() if winners.propensities is not None else None
     slates: list[list[RecommendedItem]] = []
-    for b, (rows, sources, scores, ctrs, trending, nearest, actions) in enumerate(columns):
+    for b, (rows, sources, scores, ctrs, trending, named, actions) in enumerate(columns):
         slate = []
         chances = drawn[b] if drawn is not None else None
         for i in range(counts[b]):
-            source, near, chance = sources[i], nearest[i], None
+            source, likes, chance = sources[i], named[i], None
             if chances is not None and chances[i] == chances[i]:
                 chance = chances[i]
                 reason = reasons.drawn_new if source == FRESH else reasons.drawn
             # A popular item that nobody clicked yet is there for being new: being near says more.
-            elif near >= 0 and (source in _LIKED_SOURCES or (source == POPULAR and not trending[i])):
-                reason = reasons.because_clicked(near, actions[i])
+            elif likes[0] >= 0 and (source in _LIKED_SOURCES or (source == POPULAR and not trending[i])):
+                reason = reasons.because_clicked(tuple(likes), actions[i])
             elif source == TREND_OF_CATEGORY:
                 reason = reasons.of_category(rows[i])
             else:
@@ -113,7 +139,7 @@ class Reasons:
     def __init__(self, catalogue: Catalogue, language: Language) -> None:
         texts = self._texts = TEXTS[language]
         self._catalogue = catalogue
-        self._known: dict[tuple[int, int], Reason] = {}
+        self._known: dict[tuple[tuple[int, ...], int], Reason] = {}
         self._categories: dict[str, Reason] = {}
         self.drawn = Reason(kind=EXPLORATION, text=texts.drawn)
         self.drawn_new = Reason(kind=EXPLORATION, text=texts.drawn_new)
@@ -131,14 +157,15 @@ class Reasons:
             TREND: self._trending,
         }
 
-    def because_clicked(self, row: int, action: int) -> Reason:
-        """Return the reason that names an item that the user liked, with its title where that is known.
+    def because_clicked(self, rows: tuple[int, ...], action: int) -> Reason:
+        """Return the reason that names items that the user liked; the sentence is of the first, by title if known.
 
-        ``action``: code of what the user did with it, as rows keep it.
+        ``rows``: the strongest first, -1 for none. ``action``: code of what the user did with the first, as rows of
+        users keep it.
         """
-        reason = self._known.get((row, action))
+        reason = self._known.get((rows, action))
         if reason is None:
-            item = self._catalogue.item(row)
+            item = self._catalogue.item(rows[0])
             title = item.title.strip() if item is not None else ""
             if len(title) > TITLE_CHARACTERS:
                 title = title[: TITLE_CHARACTERS - 1].rstrip() + "…"
@@ -146,8 +173,9 @@ class Reasons:
             name = ACTIONS[action - 1] if 0 < action <= len(ACTIONS) else ACTIONS[0]
             template = self._texts.because if title else self._texts.because_untitled
             text = template.format(verb=verbs.get(name, verbs[ACTIONS[0]]), title=title)
-            reason = Reason(kind=BECAUSE_CLICKED, text=text, item_ids=[self._catalogue.index.item_id(row)])
-            self._known[row, action] = reason
+            item_ids = [self._catalogue.index.item_id(row) for row in rows if row >= 0]
+            reason = Reason(kind=BECAUSE_CLICKED, text=text, item_ids=item_ids)
+            self._known[rows, action] = reason
         return reason
 
     def of_category(self, row: int) -> Reason:

@@ -65,10 +65,10 @@ from models.ranking import (
     wish_log_odds,
 )
 from models.reason_texts import TEXTS
-from models.reasons import NEW, TRENDING, Winners, assemble, nearest_liked
+from models.reasons import NEW, TRENDING, Winners, assemble, looked_at, nearest_liked
 from models.retrieval import VectorIndex
 from models.rules import RulesConfig, fits_filters
-from models.serving import ServingModel
+from models.serving import Scored, ServingModel
 from models.slates import Slate as Slate
 from models.slates import SlateRequest as SlateRequest
 from models.surfaces import Plan
@@ -255,8 +255,8 @@ class Recommender:
         if fresh is not None:
             pin(pool, fresh.rows, fresh.rows < 0, FRESH)
         self.on_stage("retrieve")
-        scores, ctr = self._score(states, pool, tastes, past, plan, given, now_ms)
-        scores = self._adjust(scores, pool, plan, now_ms)
+        scored = self._score(states, pool, tastes, past, plan, given, now_ms)
+        scores = self._adjust(scored.scores, pool, plan, now_ms)
         if given:
             scores -= is_in(pool.rows, past.unwanted) * UNWANTED_PENALTY
         columns, counts = self._order(scores, pool, ks, plan)
@@ -268,7 +268,7 @@ class Recommender:
                 propensities = np.full(columns.shape, np.nan, np.float32)
             place(fresh, pool.rows, columns, counts, ks, propensities)
         self.on_stage("score")
-        winners = self._winners(pool, ctr, scores, columns, counts, past, active)
+        winners = self._winners(pool, scored, scores, columns, counts, past, active)
         winners.propensities = propensities
         items = assemble(winners, self._catalogue, plan.reason_language)
         self.on_stage("assemble")
@@ -400,7 +400,7 @@ class Recommender:
 
     def _score(
         self, states: UserRows, pool: Pool, tastes: F32, past: Past, plan: Plan, given: bool, now_ms: int
-    ) -> tuple[F32, F32]:
+    ) -> Scored:
         """Return the score of each candidate and its CTR, float32 [B, C]: by hand, or by the CTR model in use.
 
         A model's score is its log-odds, as far as they are believed where nobody named the candidates, with what it
@@ -411,7 +411,7 @@ class Recommender:
         if model is None or model.scorer is None:
             features = self._gather(pool, tastes, past, now_ms)
             self.on_stage("gather")
-            return score(features, ranking), features.ctr
+            return Scored(score(features, ranking), features.ctr)
         times_ms = np.full(len(states), now_ms, np.int64)
         # The settings of all, not of an arm: features must be those that the examples have.
         usual, vectors = self.config.ranking, model.vectors
@@ -426,7 +426,7 @@ class Recommender:
         # Named candidates were chosen: the order among what is shown is what the model learned.
         believed = log_odds if given else trusted_log_odds(log_odds, raw, ranking, model.features)
         scores = believed + wish_log_odds(item_vectors, tastes, ranking)
-        return scores, clip_ctr(probability(log_odds))
+        return Scored(scores, clip_ctr(probability(log_odds)), lambda rows: model.attention(raw, rows, recent_rows))
 
     def _gather(self, pool: Pool, tastes: F32, past: Past, now_ms: int) -> Features:
         rows = np.maximum(pool.rows, 0)
@@ -470,7 +470,7 @@ class Recommender:
     def _winners(
         self,
         pool: Pool,
-        ctr: F32,
+        scored: Scored,
         scores: F32,
         columns: npt.NDArray[np.int64],
         counts: npt.NDArray[np.int64],
@@ -480,17 +480,21 @@ class Recommender:
         rows = np.take_along_axis(pool.rows, columns, axis=1)
         vectors, _ = self._catalogue.vectors_of(rows)
         liked_vectors, known = self._catalogue.vectors_of(past.liked)
-        near = nearest_liked(vectors, liked_vectors, known, self.config.reason_similarity)
-        place = np.maximum(near, 0)
+        weights, least = scored.attention(rows), self.config.reason_similarity
+        if weights is None:
+            near = nearest_liked(vectors, liked_vectors, known, least)
+        else:
+            near = looked_at(weights, vectors, liked_vectors, known, least)
+        each, place = np.arange(len(rows))[:, None, None], np.maximum(near, 0)
         return Winners(
             rows=rows,
             counts=counts,
             sources=np.take_along_axis(pool.sources, columns, axis=1),
             scores=np.take_along_axis(scores, columns, axis=1),
-            ctr=np.take_along_axis(ctr, columns, axis=1),
+            ctr=np.take_along_axis(scored.ctr, columns, axis=1),
             trending=self._popular.is_trending(rows),
-            nearest=np.where(near >= 0, np.take_along_axis(past.liked, place, axis=1), -1).astype(np.int32),
-            actions=np.take_along_axis(past.actions, place, axis=1),
+            named=np.where(near >= 0, past.liked[each, place], -1).astype(np.int32),
+            actions=past.actions[each[:, 0], place[:, :, 0]],
             asked=np.where(active[:, QUERY], QUERY, np.where(active[:, PROFILE], PROFILE, -1)).astype(np.int8),
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,16 @@ if TYPE_CHECKING:
     from models.ctr import CtrScorer
     from models.features import FeatureConfig, RawSlates
     from models.ranking import RankingConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """What was said of candidates, [B, C] each: the score that orders them, and the CTR, float32."""
+
+    scores: Floats
+    ctr: Floats
+    attention: Callable[[npt.NDArray[np.int32]], Floats | None] = lambda _: None
+    """Rows of chosen items int32 [B, K] → what the model looked at for them, float32 [B, K, R]; None: no such model."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -72,6 +83,21 @@ class ServingModel:
         if self.scorer is None or self.features is None:
             return hand_set_log_odds(raw, ranking)
         return learned_log_odds(self.scorer, self.features, self.vectors, raw, item_rows, recent_rows)
+
+    def attention(
+        self, raw: RawSlates, item_rows: npt.NDArray[np.int32], recent_rows: npt.NDArray[np.int32]
+    ) -> Floats | None:
+        """Return the weights that the attention gives the recents of ``raw`` for any items, float32 [S, K, R].
+
+        ``item_rows`` int32 [S, K] need not be the items of ``raw``; ``recent_rows`` as for ``log_odds``. None without
+        a scorer.
+        """
+        if self.scorer is None:
+            return None
+        items, _ = self.vectors.of(item_rows)
+        recents, known = self.vectors.of(recent_rows)
+        known &= raw.recent_codes != 0
+        return self.scorer.attention(items, recents, known, raw.recent_age_seconds, raw.recent_codes)
 
     def is_same_version(self, other: ServingModel) -> bool:
         """Return whether ``other`` is this version, under whatever generation."""

@@ -54,7 +54,11 @@ class RecommenderConfig(BaseModel):
         0.01, gt=0, lt=1, description="CTR stated in a degraded slate for an item that is not in the popular list."
     )
     reason_similarity: float = Field(
-        0.25, ge=-1, le=1, description="Least similarity at which a clicked item is named as the reason of another."
+        0.25,
+        ge=-1,
+        le=1,
+        description="Least similarity at which a clicked item is named as the reason of another; with a CTR model one "
+        "that it looked at, without one the nearest.",
     )
 
     _arms: dict[tuple[str, str], SurfaceConfig] = PrivateAttr(default_factory=dict)

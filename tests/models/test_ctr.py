@@ -105,6 +105,28 @@ def test_padding_of_recents_and_items_changes_nothing() -> None:
     np.testing.assert_allclose(scorer.logits(**padded)[:, :5], short, atol=1e-5)
 
 
+def test_attention_is_the_softmax_over_known_recents_and_nothing() -> None:
+    config = CtrConfig(features=0, dim=2, hidden=(1,), attention_dim=4)
+    tensors = {name: np.zeros(shape, np.float32) for name, shape in tensor_shapes(config).items()}
+    tensors["feature_std"] = np.ones(0, np.float32)
+    tensors["attention.query"][:2, :2] = np.eye(2)
+    tensors["attention.key"][:2, :2] = np.eye(2) * 4
+    tensors["attention.kind"][CLICK] = 0.5
+    tensors["attention.decay"][0] = 1.0
+    tensors["attention.nothing"][0] = 0.25
+    weights = CtrScorer(config, tensors).attention(
+        items_SCD=np.array([[[1, 0], [0, 1]]], np.float32),
+        recents_SRD=np.array([[[1, 0], [0, 1], [1, 0]]], np.float32),
+        recent_known_SR=np.array([[True, True, False]]),
+        recent_age_SR=np.array([[0, 60, 0]], np.float32),
+        recent_codes_SR=np.array([[CLICK, 8, CLICK]], np.uint8),
+    )
+    # q·k/√4 + bias − ln(1 + minutes), and 0.25 for nothing.
+    expected = [[np.exp(2 + 0.5), np.exp(-np.log(2)), 0], [np.exp(0.5), np.exp(2 - np.log(2)), 0]]
+    expected = [np.array(row) / (sum(row) + np.exp(0.25)) for row in expected]
+    np.testing.assert_allclose(weights[0], expected, rtol=1e-5)
+
+
 def test_new_model_prefers_what_is_like_the_item_that_was_clicked() -> None:
     config = CtrConfig(features=0, dim=4)
     tensors = first_tensors(config, np.zeros(0, np.float32), np.ones(0, np.float32), 0.05, seed=0)

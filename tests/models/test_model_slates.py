@@ -9,6 +9,7 @@ from models.bootstrap import Space
 from models.catalogue import SpaceVectors
 from models.ctr import CtrConfig, CtrScorer, tensor_shapes
 from models.errors import ModelError
+from models.events import ACTIONS, ActionName
 from models.exploration import RANDOMISED
 from models.features import COLUMNS, FeatureConfig
 from models.live_features import raw_from_state
@@ -16,6 +17,7 @@ from models.ranking import RankingConfig
 from models.recommender import RecommenderConfig, SlateRequest
 from models.retrieval import VectorIndex
 from models.serving import ServingModel
+from models.user_row import NEGATIVE, POSITIVE
 from models.user_state import UserReader
 from tests.models.recommender_world import DIM, NOW_MS, SPACE, World, is_of, unit_vector
 
@@ -224,3 +226,66 @@ def test_doubt_moves_the_order_and_not_the_ctr() -> None:
     plain = world.slate(k=30).items
     assert plain[-1].item_id in {"a3", "a4"}
     assert doubted == {item.item_id: item.ctr for item in plain}
+
+
+def looking(nothing: float = 0.0, **kinds: float) -> CtrScorer:
+    """Return a CTR model whose attention depends on the kind of action alone, by its bias, e.g. ``purchase=4.0``."""
+    model = scorer()
+    tensors = {name: tensor.copy() for name, tensor in model.tensors.items()}
+    for name, bias in kinds.items():
+        tensors["attention.kind"][ACTIONS.index(name) + 1 | (NEGATIVE if name == "hide" else POSITIVE)] = bias
+    tensors["attention.nothing"][0] = nothing
+    return CtrScorer(model.config, tensors)
+
+
+def acting(world: World, *acts: tuple[str, ActionName]) -> World:
+    for i, (item_id, action) in enumerate(acts):
+        world.act(item_id, action, at_ms=NOW_MS + 10 * i)
+    return world
+
+
+def test_the_reason_names_the_item_that_the_model_looked_at_and_not_the_nearest(world: World) -> None:
+    acting(world, ("b0", "purchase"), ("b1", "click"), ("b2", "click"))
+    serve(world, None)
+    near = [f"b{i}" for i in range(3, 30)]
+    assert {tuple(item.reason.item_ids or ()) for item in world.slate(candidates=near).items} >= {("b1",), ("b2",)}
+    serve(world, looking(purchase=4.0))
+    slate = world.slate(candidates=near)
+    assert {tuple(item.reason.item_ids or ()) for item in slate.items} == {("b0",)}
+    assert slate.items[0].reason.text == "Because you bought “Title of b0”"
+
+
+def test_the_reason_names_by_weight_those_that_have_half_of_the_highest(world: World) -> None:
+    acting(world, ("b0", "share"), ("b1", "purchase"), ("b2", "click"))
+    # Of 1 + e⁰ + e^0.9 + e^1.5: 0.49 to the purchase, 0.27 to the share, 0.11 to the click.
+    serve(world, looking(purchase=1.5, share=0.9))
+    reason = world.slate(candidates=["b7"]).items[0].reason
+    assert reason.item_ids == ["b1", "b0"]
+    assert reason.text == "Because you bought “Title of b1”"
+
+
+def test_of_many_items_that_the_model_looked_at_alike_the_three_newest_are_named(world: World) -> None:
+    acting(world, *((f"b{i}", "click") for i in range(5)))
+    serve(world, looking())
+    assert world.slate(candidates=["b7"]).items[0].reason.item_ids == ["b4", "b3", "b2"]
+
+
+def test_no_item_is_named_where_the_model_looked_at_none(world: World) -> None:
+    acting(world, ("b0", "click"))
+    serve(world, looking(nothing=4.0))
+    reason = world.slate(candidates=["b1"]).items[0].reason
+    assert (reason.kind, reason.item_ids) == ("trending", None)
+
+
+def test_no_item_is_named_where_the_model_looked_at_what_the_user_hid(world: World) -> None:
+    acting(world, ("b0", "hide"), ("b1", "click"))
+    # Weights of 0.58, 0.21 and 0.21: the click is above the least, and below half of the highest.
+    serve(world, looking(hide=1.0))
+    assert world.slate(candidates=["b2"]).items[0].reason.item_ids is None
+
+
+def test_an_item_that_the_model_looked_at_and_that_is_unlike_is_not_named(world: World) -> None:
+    acting(world, ("a0", "click"))
+    serve(world, looking())
+    reasons = {i.item_id: i.reason.item_ids for i in world.slate(candidates=["a1", "c1"]).items}
+    assert reasons == {"a1": ["a0"], "c1": None}
