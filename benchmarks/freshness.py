@@ -15,7 +15,7 @@ import msgspec
 
 from benchmarks.processes import WorkerProcess
 from benchmarks.results import CpuAccount, Figure, percentile
-from benchmarks.stage import Bench, Stage, stage
+from benchmarks.stage import DEFAULTS, Bench, Setup, Stage, stage
 from benchmarks.world import Keyed
 from models.events import Recommendation
 
@@ -26,17 +26,17 @@ P50_MS: Final = 15.0
 P99_MS: Final = 60.0
 
 
-async def run(bench: Bench) -> None:
+async def run(bench: Bench, setup: Setup = DEFAULTS) -> None:
     """Measure alone, then with the encoder process encoding new items beside it."""
     for with_encoding in (False, True):
         name = "freshness-encoding" if with_encoding else "freshness"
         account = CpuAccount()
-        async with stage(bench, name, users=bench.sizes.users) as made:
+        async with stage(bench, name, users=bench.sizes.users, setup=setup) as made:
             worker = await made.worker()
             if with_encoding:
                 await made.encoder(worker)
             await _measure(made, worker, with_encoding)
-        bench.report.beside[name] = account.describe()
+        bench.report.beside[name + setup.title] = account.describe()
 
 
 async def _measure(made: Stage, worker: WorkerProcess, with_encoding: bool) -> None:
@@ -51,7 +51,7 @@ async def _measure(made: Stage, worker: WorkerProcess, with_encoding: bool) -> N
     after = await worker.buckets("millstream_freshness_seconds")
     triggers, times_ms = await times_of(made, begun_ms)
     beside = f", {ITEMS_A_SECOND} new items/s encoded" if with_encoding else ""
-    title = f"freshness at {EVENTS_A_SECOND} events/s{beside}"
+    title = f"freshness at {EVENTS_A_SECOND} events/s{beside}{made.setup.title}"
     if profile:
         made.bench.report.profiles[title] = profile
     own = [(bound, late - early) for (bound, late), (_, early) in zip(after, before, strict=True)]

@@ -23,12 +23,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 
+from benchmarks.bundles import head, random_tensors
+from benchmarks.everything import SURFACE
 from models.bootstrap import Space
 from models.catalogue import Catalogue
 from models.counters import CountersConfig, ItemCounters, TouchBatch
-from models.ctr import CtrConfig, CtrScorer, tensor_shapes
+from models.ctr import CtrScorer
 from models.events import Action, ImpressedItem, Impression, Item
-from models.features import COLUMNS, FeatureConfig
+from models.features import FeatureConfig
 from models.item_index import ItemIndex
 from models.recommender import Recommender, RecommenderConfig, SlateRequest, SurfaceConfig
 from models.retrieval import RetrievalConfig, VectorIndex
@@ -40,13 +42,6 @@ CLUSTERS = 400
 NOW_MS = 1_700_000_000_000
 CLICKS_A_USER = 10
 ALL = "all"
-EVERYTHING = {
-    "rules": {"blocked": {"none": {"tags": ["blocked"]}}, "boosts": {"few": {"categories": ["c1"], "boost": 0.1}}},
-    "quotas": {"trending": 0.25, "trending_category": 0.25, "fresh": 0.25},
-    "diversity": {"sameness": 0.3, "popularity_debias": 0.1, "max_per_category": 10},
-    "fresh_slots": {"slots": [5, 10]},
-}
-"""A surface with everything that is off at the defaults."""
 
 
 def build(items: int, users: int, exact: bool) -> tuple[Recommender, Rows, Catalogue, VectorIndex]:
@@ -88,7 +83,7 @@ def build(items: int, users: int, exact: bool) -> tuple[Recommender, Rows, Catal
             batch.add_event(event, offset, at_ms, counters.config)
     counters.add(0, batch)
     rows, _ = apply(empty_rows(users), events, catalogue, state, epoch=1, space_id=1, generation=1)
-    surfaces = {"default": SurfaceConfig(), ALL: SurfaceConfig.model_validate(EVERYTHING)}
+    surfaces = {"default": SurfaceConfig(), ALL: SurfaceConfig.model_validate(SURFACE)}
     config = RecommenderConfig(surfaces=surfaces)
     recommender = Recommender(config, catalogue, counters, vectors, users=UserReader(state, catalogue, 1))
     return recommender, rows, catalogue, vectors
@@ -119,15 +114,12 @@ def main() -> None:
 
 def model(catalogue: Catalogue, vectors: VectorIndex) -> ServingModel:
     """Return a version with a CTR model of the shape that a training makes and random weights over the same items."""
-    config = CtrConfig(features=len(COLUMNS), hidden=(128, 32), activation="silu")
-    random = np.random.default_rng(1)
-    tensors = {name: 0.1 * random.standard_normal(shape) for name, shape in tensor_shapes(config).items()}
-    tensors["feature_std"] = np.ones(len(COLUMNS))
+    config = head(DIM)
     return ServingModel(
         version="benchmark",
         generation=1,
         space=Space("benchmark", "none", np.eye(DIM, dtype=np.float32)),
-        scorer=CtrScorer(config, tensors),
+        scorer=CtrScorer(config, random_tensors(config, 1)),
         features=FeatureConfig(),
         vectors=catalogue.space_vectors,
         vector_index=vectors,

@@ -60,6 +60,8 @@ class Report:
     beside: dict[str, str] = field(default_factory=dict)
     """By benchmark: what the rest of the machine did meanwhile."""
     profiles: dict[str, str] = field(default_factory=dict)
+    settings: dict[str, list[str]] = field(default_factory=dict)
+    """By setup that is not the defaults: what is different."""
 
     def baseline(self, name: str) -> float | None:
         """Return a baseline's events per second, None where this run did not measure it."""
@@ -106,6 +108,8 @@ class Report:
         lines += ["| " + " | ".join(cell.replace("|", "/") for cell in row) + " |" for row in self.rows()]
         lines += ["", "What ran beside it:", ""]
         lines += [f"- {name}: {what}" for name, what in self.beside.items()]
+        for name, settings in self.settings.items():
+            lines += ["", f"Settings of the figures with {name}:", "", "```", *settings, "```"]
         for name, profile in self.profiles.items():
             lines += ["", f"Profile of {name}:", "", "```", profile, "```"]
         return "\n".join(lines) + "\n"
@@ -127,6 +131,10 @@ def print_report(report: Report, console: Console) -> None:
     console.print(table)
     for name, what in report.beside.items():
         console.print(f"beside {name}: {what}")
+    for name, settings in report.settings.items():
+        console.print(f"settings of the figures with {name}:")
+        for line in settings:
+            console.print(f"  {line}", markup=False, highlight=False)
 
 
 def shown(value: float) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -94,6 +94,37 @@ class Bench:
         return Settings(**values)
 
 
+Sections = Mapping[str, Mapping[str, Any]]
+"""Values of settings that are not the defaults, by section."""
+
+
+def _no_sections(_bench: Bench, _name: str) -> Sections:
+    return {}
+
+
+async def _nothing(_made: Stage, _worker: WorkerProcess) -> None:
+    """Leave the worker as it started."""
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """What the workers of a leg are like: the same leg measures the defaults and anything else."""
+
+    suffix: str = ""
+    """Behind the names of topics and folders."""
+    title: str = ""
+    """Behind the names of figures."""
+    slates_a_second: float = 1_000
+    """The least that is aimed at."""
+    sections: Callable[[Bench, str], Sections] = _no_sections
+    """Of a stage, by its name."""
+    prepare: Callable[[Stage, WorkerProcess], Awaitable[None]] = _nothing
+    """Awaited when a worker is ready, before anything is measured."""
+
+
+DEFAULTS: Final = Setup()
+
+
 @dataclass(slots=True)
 class Stage:
     """Topics with a catalogue, and the processes started on them."""
@@ -105,6 +136,7 @@ class Stage:
     writer: TopicWriter
     epoch: int
     children: list[Child] = field(default_factory=list)
+    setup: Setup = DEFAULTS
 
     @property
     def folder(self) -> Path:
@@ -112,11 +144,12 @@ class Stage:
         return self.bench.folder / self.name
 
     async def worker(self, name: str = "worker") -> WorkerProcess:
-        """Start a worker and return it ready, its graph of items built."""
+        """Start a worker and return it ready, its graph of items built, as the setup wants it."""
         started = WorkerProcess(self.settings, self.folder, name=name, profile=self.bench.profile)
         self.children.append(started)
         await started.wait_ready()
         await self.settle(started)
+        await self.setup.prepare(self, started)
         return started
 
     async def encoder(self, worker: WorkerProcess) -> EncoderChild:
@@ -188,9 +221,14 @@ class Stage:
 
 
 @asynccontextmanager
-async def stage(bench: Bench, name: str, *, users: int = 0, **sections: dict[str, Any]) -> AsyncIterator[Stage]:
+async def stage(
+    bench: Bench, name: str, *, users: int = 0, setup: Setup = DEFAULTS, **sections: dict[str, Any]
+) -> AsyncIterator[Stage]:
     """Set the stage, and clear it afterwards: processes ended, topics deleted."""
-    settings = bench.settings(name, **sections)
+    name += setup.suffix
+    usual = setup.sections(bench, name)
+    merged = {section: {**usual.get(section, {}), **sections.get(section, {})} for section in {**usual, **sections}}
+    settings = bench.settings(name, **merged)
     names = TopicNames.of(settings)
     await topics.create(settings)
     children: list[Child] = []
@@ -198,7 +236,7 @@ async def stage(bench: Bench, name: str, *, users: int = 0, **sections: dict[str
         found = epoch((await topic_ids(settings, [names.events]))[names.events])
         wanted = (names.events, names.items, names.item_vectors, names.user_table_changelog)
         async with TopicWriter(settings, *wanted) as writer:
-            made = Stage(bench, name, settings, names, writer, found, children)
+            made = Stage(bench, name, settings, names, writer, found, children, setup)
             await made._publish_catalogue()
             # Only a user with a taste has the index searched.
             warm_up = Keyed(WARM_UP_USER.encode(), bench.world.rows(found)[0])

@@ -9,24 +9,13 @@ from __future__ import annotations
 
 import asyncio
 import time
-from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
-import numpy as np
-
+from benchmarks.bundles import Announcer, registry_of
 from benchmarks.freshness import send_events, timed_slates
 from benchmarks.processes import BenchmarkError, WorkerProcess
 from benchmarks.results import CpuAccount, Figure, percentile
 from benchmarks.stage import Bench, Stage, stage
-from models.bundle import BundleContents, Canary, save
-from models.ctr import CtrConfig, tensor_shapes
-from models.examples import FeaturesRecord, encode
-from models.features import COLUMNS, FeatureConfig
-from models.hashing import hash64
-from models.pointer import Pointer, Pointers, newest, plan_candidate, plan_promotion
-from models.registry import Registry
-from streams.sender import Outbox
-from streams.topic_io import TopicWriter
 
 SWAPS: Final = 10
 AFTERMATH_SECONDS: Final = 1.0
@@ -34,22 +23,14 @@ AFTERMATH_SECONDS: Final = 1.0
 PAUSE_SECONDS: Final = 5.0
 """Quiet between two swaps: tells a machine that became busy from a swap that costs."""
 GAP_MS: Final = round(PAUSE_SECONDS * 1000)
-PREPARE_SECONDS: Final = 600.0
-"""The graph of a new space is built behind everything else: on a machine with much else, slowly."""
 LAST_SLATES_SECONDS: Final = 5.0
 MOST_TIMES: Final = 2.0
-MODEL: Final = "bench"
 
 
 async def run(bench: Bench) -> None:
     """Measure before and during ten swaps."""
     account = CpuAccount()
-    models = {
-        "name": MODEL,
-        "url": str(bench.folder / "swap" / "registry"),
-        "cache_folder": bench.folder / "swap" / "bundles",
-    }
-    async with stage(bench, "swap", users=bench.sizes.users, models=models) as made:
+    async with stage(bench, "swap", users=bench.sizes.users, models=registry_of(bench, "swap")) as made:
         worker = await made.worker()
         await _measure(made, worker)
     bench.report.beside["swap"] = account.describe()
@@ -57,7 +38,7 @@ async def run(bench: Bench) -> None:
 
 async def _measure(made: Stage, worker: WorkerProcess) -> None:
     seconds = made.bench.sizes.freshness_seconds
-    announcer = _Announcer(made, worker)
+    announcer = Announcer(made, worker)
     await announcer.swap(0, new_space=False)
     await send_events(made, made.bench.sizes.warm_up_seconds)
     before_ms = _now_ms()
@@ -98,123 +79,6 @@ async def _measure(made: Stage, worker: WorkerProcess) -> None:
     figures.append(Figure("freshness during ten swaps, p99", p99_during, "ms", note=note))
     figures.append(
         Figure("freshness during swaps ÷ before, p99", p99_during / max(p99_before, 1.0), "×", at_most=MOST_TIMES)
-    )
-
-
-class _Announcer:
-    """Publishes made-up bundles and announces them as the trainer does."""
-
-    def __init__(self, made: Stage, worker: WorkerProcess) -> None:
-        self._made = made
-        self._worker = worker
-        self._registry = Registry(made.settings.models)
-        self._said: dict[bytes, bytes] = {}
-
-    async def swap(self, number: int, *, new_space: bool) -> float:
-        """Publish bundle ``number``, announce it as candidate, when it is prepared as live; return the seconds."""
-        contents = _contents(self._made, number, new_space=new_space)
-        folder = self._made.folder / "made" / contents.version
-        await asyncio.to_thread(self._publish, folder, contents)
-        sha256 = await asyncio.to_thread(self._registry.manifest_sha256, contents.version)
-        facts: dict[str, Any] = {"at_ms": _now_ms(), "by": "benchmark", "why": "a swap"}
-        started = time.perf_counter()
-        await self._send(plan_candidate(self._known(), contents.version, sha256, **facts))
-        await self._has_role("candidate", contents.version)
-        await self._send(plan_promotion(self._known(), contents.version, sha256, **facts))
-        await self._has_role("live", contents.version)
-        return time.perf_counter() - started
-
-    def _publish(self, folder: Path, contents: BundleContents) -> None:
-        save(folder, contents)
-        self._registry.publish(folder)
-
-    def _known(self) -> Pointers:
-        return newest(self._said, MODEL)
-
-    async def _send(self, pointers: list[Pointer]) -> None:
-        topic = self._made.names.models
-        outbox = Outbox()
-        async with TopicWriter(self._made.settings, topic) as writer:
-            for pointer in pointers:
-                self._said[pointer.key] = pointer.encode()
-                writer.add(outbox, topic, pointer.key, pointer.encode())
-            await writer.send(outbox)
-
-    async def _has_role(self, role: str, version: str) -> None:
-        deadline = time.monotonic() + PREPARE_SECONDS
-        while not await self._worker.metric("millstream_model_info", role=role, version=version):
-            if self._worker.process.poll() is not None or time.monotonic() > deadline:
-                raise BenchmarkError(f"{version} is not {role}:\n{self._worker.tail()}")
-            await asyncio.sleep(0.2)
-
-
-def _contents(made: Stage, number: int, *, new_space: bool) -> BundleContents:
-    """Return a bundle with a random head; in a space of its own, the one before it turned a little."""
-    space = made.bench.world.space
-    config = CtrConfig(dim=space.dim, features=len(COLUMNS))
-    random = np.random.default_rng(number)
-    tensors = {name: random.normal(0, 0.05, shape).astype(np.float32) for name, shape in tensor_shapes(config).items()}
-    tensors["feature_std"] = np.ones(len(COLUMNS), np.float32)
-    tensors["calibration"] = np.array([1.0, -3.0], np.float32)
-    # A head of odd number follows a bundle of its space: only then is nothing to be rebuilt.
-    turned = number if new_space else max(0, number - 1)
-    noise = 0.02 * np.random.default_rng(turned).normal(size=(space.dim, space.dim))
-    rotation, triangle = np.linalg.qr(np.eye(space.dim) + noise)
-    rotation *= np.sign(np.diag(triangle))
-    is_first = not turned
-    items = [item.item_id for item in made.bench.world.items[:2]]
-    return BundleContents(
-        name=MODEL,
-        version=f"swap-{number:02d}",
-        created_ms=_now_ms(),
-        space_id=space.space_id if is_first else f"turned-{turned}",
-        encoder_id=space.encoder_id,
-        scorer_config=config.model_dump(mode="json"),
-        scorer_tensors=tensors,
-        features=FeatureConfig(),
-        projection=space.projection if is_first else (space.projection @ rotation).astype(np.float32),
-        canary=Canary(
-            [encode(_record(items))],
-            np.array([hash64(item) for item in items], np.uint64),
-            random.standard_normal((len(items), space.base_dim)).astype(np.float16),
-        ),
-    )
-
-
-def _record(items: list[str]) -> FeaturesRecord:
-    k = len(items)
-    return FeaturesRecord(
-        impression_id=1,
-        user_id="canary",
-        partition=0,
-        offset=0,
-        time_ms=_now_ms(),
-        broker_ms=0,
-        processed_ms=0,
-        flags=0,
-        surface="default",
-        request_id=None,
-        experiment=None,
-        policy="model",
-        session_id=None,
-        context=None,
-        space_id="",
-        items=np.array([hash64(item) for item in items], "<u8").tobytes(),
-        positions=bytes(2 * k),
-        propensities=b"",
-        counters=bytes(2 * 16 * k),
-        age_seconds=np.full(k, 60.0, "<f4").tobytes(),
-        first_seen_seconds=np.full(k, 60.0, "<f4").tobytes(),
-        sims=bytes(2 * 2 * k),
-        shown_counts=bytes(k),
-        shown_age_seconds=np.full(k, np.nan, "<f4").tobytes(),
-        acted_age_seconds=np.full(k, np.nan, "<f4").tobytes(),
-        recent_items=b"",
-        recent_age_seconds=b"",
-        recent_codes=b"",
-        user_counts=(0, 0, 0),
-        scores=[],
-        model_version="",
     )
 
 

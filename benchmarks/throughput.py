@@ -15,14 +15,13 @@ from typing import Final
 
 from benchmarks.processes import BenchmarkError, WorkerProcess
 from benchmarks.results import CpuAccount, Figure
-from benchmarks.stage import Bench, Stage, stage
+from benchmarks.stage import DEFAULTS, Bench, Setup, Stage, stage
 from benchmarks.world import SLATE, Keyed
 from models.user_value import row_of
 
 POLL_SECONDS: Final = 0.25
 LIMIT_SECONDS: Final = 600.0
 WARM_UP_EVENTS: Final = 500
-SLATES_A_SECOND: Final = 1_000
 ACTIONS_A_SECOND: Final = 6_000
 IMPRESSIONS_A_SECOND: Final = 1_500
 ROW_BYTES: Final = 1_024
@@ -30,11 +29,11 @@ SILENT_AGE_SECONDS: Final = 1.0
 """Greatest age of a trigger where no slates are wanted: the backlog is older when the worker sees it."""
 
 
-async def slates(bench: Bench) -> None:
+async def slates(bench: Bench, setup: Setup = DEFAULTS) -> None:
     """Clicks of many users, each of which brings a slate: 200 candidates, 20 shown."""
     sizes = bench.sizes
     account = CpuAccount()
-    async with stage(bench, "slates", users=sizes.users) as made:
+    async with stage(bench, "slates", users=sizes.users, setup=setup) as made:
         worker = await made.worker()
         await _warm_up(made, worker)
         clicks = _clicks(bench, sizes.slates)
@@ -48,31 +47,32 @@ async def slates(bench: Bench) -> None:
             f"{len(sent):,} slates for {len(clicks):,} clicks of {sizes.users:,} users, {sizes.items:,} items; "
             f"a slate has {mean_bytes:.0f} bytes; {await _stages(worker)}"
         )
-        figure = Figure("refreshed slates", rate, "slates/s", at_least=SLATES_A_SECOND, note=note, is_event_rate=True)
+        name = f"refreshed slates{setup.title}"
+        figure = Figure(name, rate, "slates/s", at_least=setup.slates_a_second, note=note, is_event_rate=True)
         await _finish(made, worker, figure, profile)
-    bench.report.beside["slates"] = account.describe()
+    bench.report.beside["slates" + setup.title] = account.describe()
 
 
-async def actions(bench: Bench) -> None:
+async def actions(bench: Bench, setup: Setup = DEFAULTS) -> None:
     """Clicks that change rows and counters and are too old for a slate."""
     silent = {"max_trigger_age_seconds": SILENT_AGE_SECONDS}
     account = CpuAccount()
-    async with stage(bench, "actions", users=bench.sizes.users, worker=silent) as made:
+    async with stage(bench, "actions", users=bench.sizes.users, setup=setup, worker=silent) as made:
         worker = await made.worker()
-        await rate(made, worker, _clicks(bench, bench.sizes.actions), "action", "actions without a slate")
-    bench.report.beside["actions"] = account.describe()
+        await rate(made, worker, _clicks(bench, bench.sizes.actions), "action", f"actions without a slate{setup.title}")
+    bench.report.beside["actions" + setup.title] = account.describe()
 
 
-async def impressions(bench: Bench) -> None:
+async def impressions(bench: Bench, setup: Setup = DEFAULTS) -> None:
     """Impressions of 15 items."""
     sizes = bench.sizes
     account = CpuAccount()
-    async with stage(bench, "impressions", users=sizes.users) as made:
+    async with stage(bench, "impressions", users=sizes.users, setup=setup) as made:
         worker = await made.worker()
         now_ms = time.time_ns() // 1_000_000
         shown = [bench.world.impression(_user(i, sizes.users), now_ms) for i in range(sizes.impressions)]
-        await rate(made, worker, shown, "impression", f"impressions of {SLATE} items")
-    bench.report.beside["impressions"] = account.describe()
+        await rate(made, worker, shown, "impression", f"impressions of {SLATE} items{setup.title}")
+    bench.report.beside["impressions" + setup.title] = account.describe()
 
 
 def _user(n: int, users: int) -> int:
