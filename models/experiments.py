@@ -7,7 +7,10 @@ import re
 from collections.abc import Mapping
 from typing import Any, Final, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from models.errors import BundleError
+from models.manifest import BOOTSTRAP_VERSION, check_version
 
 CONTROL: Final = "control"
 """Arm of the users whom no other arm takes: nothing is changed."""
@@ -32,6 +35,19 @@ class Arm(BaseModel):
         description="Fields of every surface that have other values: quotas, rules, diversity, fresh_slots, k, …; "
         "sections are merged field by field.",
     )
+    bundle: str = Field(
+        "", description="Version in the registry whose model scores for them; empty: that which is live, as for all."
+    )
+
+    @field_validator("bundle")
+    @classmethod
+    def _is_version(cls, value: str) -> str:
+        if value and value != BOOTSTRAP_VERSION:
+            try:
+                check_version(value)
+            except BundleError as error:
+                raise ValueError(error.detail) from None
+        return value
 
 
 class ExperimentConfig(BaseModel):
@@ -75,6 +91,11 @@ class ExperimentConfig(BaseModel):
                 return name
             at -= arm.share
         return CONTROL
+
+    @property
+    def bundles(self) -> tuple[str, ...]:
+        """Return the versions that arms name, each once, in their order; none where no experiment runs."""
+        return tuple(dict.fromkeys(arm.bundle for arm in self.arms.values() if arm.bundle)) if self.name else ()
 
     def label(self, arm: str) -> str:
         """Return what slates, impressions and features say of an arm."""

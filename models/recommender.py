@@ -5,7 +5,7 @@ Axes as in models/ranking.py.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -36,7 +36,7 @@ from models.events import MAX_K, Filters, Reason, RecommendedItem, epoch_ms
 from models.exploration import RANDOMISED, draw
 from models.fresh_slots import Drawn, FreshPool, draw_slots, place
 from models.hashing import hash64
-from models.live_features import raw_from_state
+from models.live_features import IndexedVectors, raw_from_state
 from models.log_odds import probability, trusted_log_odds
 from models.ranking import (
     F32,
@@ -99,6 +99,8 @@ class Recommender:
         self._counters = counters
         self._vector_index = vector_index
         self._model: ServingModel | None = None
+        self._arms: dict[str, tuple[ServingModel, UserReader | None]] = {}
+        """By version: models of arms, each with what reads user rows in its space where that is not the live one."""
         self._users = users if users is not None else user_state
         self.on_stage = on_stage or _no_stage
         self._plans: list[Plan] = []
@@ -110,13 +112,26 @@ class Recommender:
         self.fallbacks_without_past = 0
         """Calls of ``fallback`` that could not even read what the users hid."""
 
-    def use(self, model: ServingModel) -> None:
-        """Serve with another model from the next call on: its vectors, its index, its scorer."""
+    def use(self, model: ServingModel, arms: Mapping[str, ServingModel] | None = None) -> None:
+        """Serve with another model from the next call on: its vectors, its index, its scorer.
+
+        ``arms``: by version, the models that score for arms which name them; retrieval is in the live space for all.
+        An arm whose version is not here is served by ``model``.
+        """
         self._catalogue.use(model.vectors)
         self._vector_index = model.vector_index
         if isinstance(self._users, user_state.UserReader):
             self._users = replace(self._users, space_id=model.space_hash, carry=model.carry)
         self._model = model
+        self._arms = {version: (arm, self._reader(arm, model)) for version, arm in (arms or {}).items()}
+
+    def _reader(self, arm: ServingModel, live: ServingModel) -> UserReader | None:
+        if arm.space_id == live.space_id:
+            return None
+        if not isinstance(self._users, user_state.UserReader):
+            raise TypeError("user rows are read without a space: no arm can have a model of another one")
+        vectors = IndexedVectors(self._catalogue.index, arm.vectors)
+        return replace(self._users, vectors=vectors, space_id=arm.space_hash, carry=arm.carry)
 
     def reconfigure(self, config: RecommenderConfig) -> None:
         """Make slates by other settings from the next call on; what was made by the old ones is forgotten."""
@@ -158,11 +173,13 @@ class Recommender:
         for (plan, given, width), members in groups.items():
             batch = [requests[i] for i in members]
             states = rows[np.array([r.row for r in batch], np.int64)]
+            model, _ = self._scorer(self._plans[plan])
             made, drawn = self._rank(states, batch, plan, given, width, now_ms)
             for b, (i, items) in enumerate(zip(members, made, strict=True)):
                 experiment = self._experiment(requests[i]) if requests[i].draw_seed is None else RANDOMISED
                 exploration = drawn.log(b) if drawn is not None else None
-                slates[i] = Slate(items, False, self._surface_name(requests[i]), experiment, exploration)
+                version = model.version if model is not None else None
+                slates[i] = Slate(items, False, self._surface_name(requests[i]), experiment, exploration, version)
         return [slates[i] for i in range(len(requests))]
 
     def fallback(self, rows: UserRows, requests: Sequence[SlateRequest], now_ms: int) -> list[Slate]:
@@ -220,6 +237,11 @@ class Recommender:
                 self._plans.append(plan)
             number = self._numbers[key] = self._plans.index(plan)
         return number
+
+    def _scorer(self, plan: Plan) -> tuple[ServingModel | None, UserReader]:
+        """Return the model that scores by a plan, and what reads user rows in its space."""
+        model, reader = self._arms.get(plan.bundle, (self._model, None))
+        return model, reader or self._users
 
     def _experiment(self, request: SlateRequest) -> str | None:
         # A degraded slate too: an arm is judged by what its users got, whatever went wrong.
@@ -401,13 +423,13 @@ class Recommender:
     def _score(
         self, states: UserRows, pool: Pool, tastes: F32, past: Past, plan: Plan, given: bool, now_ms: int
     ) -> Scored:
-        """Return the score of each candidate and its CTR, float32 [B, C]: by hand, or by the CTR model in use.
+        """Return the score of each candidate and its CTR, float32 [B, C]: by hand, or by the CTR model of the plan.
 
         A model's score is its log-odds, as far as they are believed where nobody named the candidates, with what it
         does not know (query and profile) added; its CTR is the sigmoid of the log-odds alone. Raises ModelError where
         one is not finite.
         """
-        ranking, model = plan.ranking, self._model
+        ranking, (model, reader) = plan.ranking, self._scorer(plan)
         if model is None or model.scorer is None:
             features = self._gather(pool, tastes, past, now_ms)
             self.on_stage("gather")
@@ -416,7 +438,7 @@ class Recommender:
         # The settings of all, not of an arm: features must be those that the examples have.
         usual, vectors = self.config.ranking, model.vectors
         raw = raw_from_state(
-            states, pool.rows, times_ms, self._catalogue, self._counters, self._users, usual, vectors=vectors
+            states, pool.rows, times_ms, self._catalogue, self._counters, reader, usual, vectors=vectors
         )
         recent = raw.recent_items
         recent_rows = self._catalogue.index.rows_by_hash(recent.ravel().tolist(), recent.size).reshape(recent.shape)

@@ -69,3 +69,5 @@ class Slate:
     """RANDOMISED where the items were drawn instead of ranked, else experiment and arm; None where none runs."""
     exploration: ExplorationDraw | None = None
     """How the slots for new items were drawn; None: there were none."""
+    model_version: str | None = None
+    """Of the model that made the scores; None: no model was asked."""

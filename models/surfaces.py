@@ -101,6 +101,7 @@ class RecommenderConfig(BaseModel):
             chosen.diversity,
             chosen.fresh_slots,
             chosen.reason_language,
+            self.experiment.arms[arm].bundle if arm in self.experiment.arms else "",
         )
 
 
@@ -114,3 +115,5 @@ class Plan:
     diversity: DiversityConfig
     fresh_slots: FreshSlots
     reason_language: Language
+    bundle: str = ""
+    """Version whose model scores; empty: the live one."""
