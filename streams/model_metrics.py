@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
@@ -21,6 +21,12 @@ class ModelMetrics:
         )
         self._generation = Gauge(
             "millstream_model_generation", "Generation of the pointer of each role.", ["role"], registry=registry
+        )
+        self._arms = Gauge(
+            "millstream_model_arm_ready",
+            "1 where the version that an arm of the experiment names scores for it, 0 where the live one does.",
+            ["version"],
+            registry=registry,
         )
         self._window_age = Gauge(
             "millstream_model_window_age_seconds",
@@ -53,6 +59,12 @@ class ModelMetrics:
         for role, model in models.items():
             self._info.labels(role, model.version, model.space_id).set(1)
             self._generation.labels(role).set(model.generation)
+
+    def set_arms(self, named: Collection[str], ready: Collection[str]) -> None:
+        """State which versions arms name, and which of them are there."""
+        self._arms.clear()
+        for version in named:
+            self._arms.labels(version).set(version in ready)
 
     def set_age(self, live: ServingModel, now_ms: int) -> None:
         """State how old the newest example is that the live model learned from."""

@@ -6,7 +6,7 @@ A hot swap is the assignment of ``live`` between two batches; ``streams.model_wa
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import structlog
 
@@ -39,6 +39,8 @@ class ModelSlot:
     live: ServingModel
     candidate: ServingModel | None = None
     previous: ServingModel | None = None
+    arms: dict[str, ServingModel] = field(default_factory=dict)
+    """By version: models that score for arms of the experiment, as far as they are prepared."""
 
     @property
     def version(self) -> str:

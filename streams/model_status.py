@@ -56,6 +56,16 @@ class RefusedModel(msgspec.Struct):
     detail: str
 
 
+class ArmModel(msgspec.Struct):
+    """A version that an arm of the experiment names; where it is not ready, the live one scores for the arm."""
+
+    version: str
+    is_ready: bool
+    reason: str = ""
+    """Why it is not ready, where it is known: that of a refusal, or ``unreachable``."""
+    detail: str = ""
+
+
 class WorkerStatus(msgspec.Struct):
     """One worker's record."""
 
@@ -65,6 +75,7 @@ class WorkerStatus(msgspec.Struct):
     live: LiveModel
     prepared: list[PreparedModel]
     refused: list[RefusedModel]
+    arms: list[ArmModel] = []
 
     @classmethod
     def of(cls, worker_id: str, group: str, slot: ModelSlot, watch: ModelWatch, time_ms: int) -> WorkerStatus:
@@ -80,7 +91,15 @@ class WorkerStatus(msgspec.Struct):
                 RefusedModel(r.role, r.version, r.generation, r.reason, r.detail[:MAX_DETAIL_CHARACTERS])
                 for r in watch.refused.values()
             ],
+            arms=[_arm(version, slot, watch) for version in watch.arms],
         )
+
+
+def _arm(version: str, slot: ModelSlot, watch: ModelWatch) -> ArmModel:
+    why = watch.arms_refused.get(version)
+    if version in slot.arms or why is None:
+        return ArmModel(version, version in slot.arms)
+    return ArmModel(version, False, why.reason, why.detail[:MAX_DETAIL_CHARACTERS])
 
 
 def kept_worker_id(folder: Path) -> str:

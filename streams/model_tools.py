@@ -245,12 +245,14 @@ def verify(settings: Settings, what: str | None) -> list[tuple[str, Bundle | Bun
 async def collect(settings: Settings, *, keep: int, dry_run: bool) -> Collected:
     """Remove published versions but the newest ``keep``, those with a role or served, and the parents of those.
 
+    Those too that a worker which lives names for an arm of its experiment; of other settings nothing is known here.
     Also what half uploads of LEFTOVER_HOURS ago left. Raises BrokerUnavailable: without the roles nothing is removed.
     """
     rows, found = await listing(settings)
     published = {row.version: row.manifest for row in rows if row.manifest is not None}
     in_use = {row.version for row in rows if row.roles or row.serving}
     in_use |= {p.version for worker in found.workers for p in worker.prepared}
+    in_use |= {arm.version for worker in found.workers for arm in worker.arms}
     parents = {manifest.parent for version, manifest in published.items() if version in in_use and manifest.parent}
     by_age = sorted(published, key=lambda version: (published[version].created_ms, version))
     kept = in_use | parents | set(by_age[len(by_age) - keep :])
@@ -435,6 +437,13 @@ def lines(rows: Iterable[Listed], found: Situation) -> list[str]:
         for worker in found.workers
         for r in worker.refused
     ]
+    arms = [
+        f"arm of worker {worker.worker_id}: {a.version} "
+        + ("is ready" if a.is_ready else f"is not ready, the live version serves: {a.reason or 'in preparation'}")
+        + (f": {a.detail}" if a.detail else "")
+        for worker in found.workers
+        for a in worker.arms
+    ]
     workers = len(found.workers)
     said = f"{workers} worker{'s' if workers != 1 else ''} live, generation {found.pointers.generation}"
-    return [*(told or ["nothing is published; workers serve with the bootstrap"]), *refused, said]
+    return [*(told or ["nothing is published; workers serve with the bootstrap"]), *refused, *arms, said]

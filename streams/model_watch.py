@@ -1,4 +1,4 @@
-"""Follows the ``models`` topic: prepares what a role names, and swaps when it is live.
+"""Follows the ``models`` topic: prepares what a role names, and swaps when it is live. So too what arms name.
 
 Preparation runs beside serving: fetch, verify, canary and index in a thread of low priority, what touches state in the
 state thread, a chunk at a time. Whatever fails keeps the model in use, and says why.
@@ -12,7 +12,6 @@ import threading
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Final, ParamSpec, TypeVar
 
@@ -21,10 +20,9 @@ import structlog
 from models.bootstrap import Space
 from models.bundle import Bundle, load
 from models.errors import BundleError, RegistryError
-from models.hashing import hash64
 from models.item_space import ItemSpace
 from models.manifest import BOOTSTRAP_VERSION
-from models.pointer import ROLES, Pointer, PointerGuard, Role, decode
+from models.pointer import ROLES, Pointer, PointerGuard, Role
 from models.registry import Registry, prune_cache
 from models.retrieval import VectorIndex, lower_priority
 from models.serving import ServingModel
@@ -32,6 +30,7 @@ from streams.catalogue_mirror import CHUNK_RECORDS, CatalogueMirror
 from streams.mirror import Mirror, Record
 from streams.model_metrics import ModelMetrics
 from streams.model_slot import ModelSlot
+from streams.model_wanted import ARM, Held, Key, Refused, Retry, Target, Wanted, bootstrap, named_by, served
 from streams.settings import Settings
 from streams.state_thread import StateThread
 from streams.topics import TopicNames
@@ -48,46 +47,9 @@ KEEP_SECONDS: Final = 10.0
 
 P = ParamSpec("P")
 R = TypeVar("R")
-Switch = Callable[[ServingModel, list[ServingModel]], Awaitable[None]]
-"""Awaited with the live model and those in shadow; returns when the next batch will be served by them."""
-
-
-@dataclass(frozen=True, slots=True)
-class Refused:
-    """A pointer that was not followed, or whose bundle was not taken."""
-
-    role: str
-    version: str
-    generation: int
-    reason: str
-    detail: str
-
-
-@dataclass(frozen=True, slots=True)
-class _Held:
-    """A version that is prepared."""
-
-    model: ServingModel
-    space: ItemSpace
-
-
-@dataclass(slots=True)
-class _Retry:
-    attempts: int = 0
-    at: float = 0.0
-
-
-@dataclass(slots=True)
-class _State:
-    """What is known of roles and versions. Versions are told apart by name and manifest."""
-
-    wanted: dict[Role, Pointer] = field(default_factory=dict)
-    held: dict[tuple[str, str], _Held] = field(default_factory=dict)
-    given_up: set[tuple[Role, int]] = field(default_factory=set)
-    """Roles and generations whose bundle was refused."""
-    unnamed_at: dict[tuple[str, str], float] = field(default_factory=dict)
-    """Since when (monotonic) a held version has had no role."""
-    retries: dict[tuple[str, str], _Retry] = field(default_factory=dict)
+Switch = Callable[[ServingModel, list[ServingModel], Mapping[str, ServingModel]], Awaitable[None]]
+"""Awaited with the live model, those in shadow, and by version those of arms; returns when the next batch will be
+served by them."""
 
 
 class ModelWatch:
@@ -109,6 +71,8 @@ class ModelWatch:
         """Set at each change of what is served, prepared or refused."""
         self.refused: dict[str, Refused] = {}
         """The last refusal of each role, until another pointer of that role is followed."""
+        self.arms_refused: dict[str, Refused] = {}
+        """Why the version of an arm is not there, by version; the arm is served by the live model."""
         self._settings = settings
         self._slot = slot
         self._catalogue_mirror = catalogue_mirror
@@ -125,8 +89,22 @@ class ModelWatch:
         self._preparing: Space | None = None
         """Stays with its encodings, though no version holds it yet."""
         first = catalogue_mirror.state.spaces[slot.live.space_id]
-        self._state = _State(held={(slot.live.version, ""): _Held(slot.live, first)})
+        self._state = Wanted(held={(slot.live.version, ""): Held(slot.live, first)})
         metrics.set_roles(slot.by_role())
+        self.name_arms(settings.recommender.experiment.bundles)
+
+    @property
+    def arms(self) -> tuple[str, ...]:
+        """Return the versions that arms name."""
+        return self._state.arms
+
+    def name_arms(self, versions: Sequence[str]) -> None:
+        """Hold the versions that arms name from now on, in the background; what was refused is tried again."""
+        self._state.name_arms(versions)
+        self.arms_refused = {version: why for version, why in self.arms_refused.items() if version in versions}
+        self._metrics.set_arms(self._state.arms, self._slot.arms)
+        self._news.set()
+        self.changed.set()
 
     async def run(self) -> None:
         """Follow the topic until cancelled; an error of our own code is raised."""
@@ -155,11 +133,11 @@ class ModelWatch:
             except BundleError as error:
                 is_history = record.offset < self._newest_at_start.get(record.key, 0)
                 if not (is_history and error.reason == "old-generation"):
-                    self._refuse(*_named(record), error)
+                    self._refuse(*named_by(record), error)
                 continue
-            if pointer is not None and self._state.wanted.get(pointer.role) != pointer:
+            if pointer is not None and self._state.pointers.get(pointer.role) != pointer:
                 log.info("pointer", role=pointer.role, version=pointer.version, generation=pointer.generation)
-                self._state.wanted[pointer.role] = pointer
+                self._state.pointers[pointer.role] = pointer
                 self.refused.pop(pointer.role, None)
                 self.changed.set()
 
@@ -170,7 +148,11 @@ class ModelWatch:
         return self._guard.accept(record.key, record.value)
 
     def _refuse(self, role: str, version: str, generation: int, error: BundleError) -> None:
-        self.refused[role] = Refused(role, version, generation, error.reason, error.detail)
+        refused = Refused(role, version, generation, error.reason, error.detail)
+        if role == ARM:
+            self.arms_refused[version] = refused
+        else:
+            self.refused[role] = refused
         self._metrics.refused.labels(error.reason).inc()
         self.changed.set()
         log.error(
@@ -191,17 +173,17 @@ class ModelWatch:
             if self._unread:
                 await self._read_pointers()
             await self._assign()
-            due = self._next()
-            if not self.decided.is_set() and (due is None or due[0] != "live"):
+            due = self._state.next(time.monotonic())
+            if not self.decided.is_set() and (due is None or due.role != "live"):
                 self._decide()
             if due is None:
                 await self._wait()
             else:
-                await self._prepare_until_news(*due)
+                await self._prepare_until_news(due)
 
     async def _wait(self) -> None:
         """Wait for news, or for the time at which something is due."""
-        named = self._named_keys()
+        named = self._state.keys()
         waits = [retry.at for key, retry in self._state.retries.items() if key in named]
         waits += [at + KEEP_SECONDS for at in self._state.unnamed_at.values()]
         if not self.decided.is_set():
@@ -217,8 +199,8 @@ class ModelWatch:
 
     def _decide(self) -> None:
         """Say that the first choice is made, but where the live bundle may still be had in time."""
-        pointer, live = self._state.wanted.get("live"), self._slot.live
-        is_waiting = pointer is not None and _key(pointer) in self._state.retries
+        pointer, live = self._state.pointers.get("live"), self._slot.live
+        is_waiting = pointer is not None and Target.of(pointer).key in self._state.retries
         if is_waiting and time.monotonic() < self._patience_ends_at():
             return
         if pointer is not None and (pointer.version or live.version) != live.version:
@@ -231,69 +213,56 @@ class ModelWatch:
             )
         self.decided.set()
 
-    def _named_keys(self) -> set[tuple[str, str]]:
-        """Return the versions that have a role; a live role that was taken away is the bootstrap's."""
-        wanted = self._state.wanted.items()
-        return {_key(pointer) for role, pointer in wanted if role == "live" or not pointer.is_withdrawal}
-
-    def _next(self) -> tuple[Role, Pointer] | None:
-        """Return the pointer whose version is to be prepared next: the live one first."""
-        now = time.monotonic()
-        for role in ("live", "candidate", "previous"):
-            pointer = self._state.wanted.get(role)
-            if pointer is None or (pointer.is_withdrawal and role != "live"):
-                continue
-            key = _key(pointer)
-            retry = self._state.retries.get(key)
-            if (
-                key not in self._state.held
-                and (role, pointer.generation) not in self._state.given_up
-                and (retry is None or retry.at <= now)
-            ):
-                return role, pointer
-        return None
-
     async def _assign(self) -> None:
         """Give each role the model that its pointer names, as far as it is prepared; free what no role names."""
-        slot, wanted, held = self._slot, self._state.wanted, self._state.held
+        slot, wanted, held = self._slot, self._state.pointers, self._state.held
         models: dict[Role, ServingModel | None] = {}
         for role in ROLES:
             pointer = wanted.get(role)
             is_none = pointer is None or (pointer.is_withdrawal and role != "live")
-            found = None if pointer is None or is_none else held.get(_key(pointer))
+            found = None if pointer is None or is_none else held.get(Target.of(pointer).key)
             models[role] = None if pointer is None or found is None else found.model.under(pointer.generation)
         live = models["live"] or slot.live
         before = slot.by_role()
         after = {"live": live, "candidate": models["candidate"], "previous": models["previous"]}
-        if _roles(before) != _roles(after):
+        arms = self._state.for_arms()
+        if _roles(before) != _roles(after) or slot.arms != arms:
             try:
-                await self._take(live, models["candidate"], models["previous"])
+                await self._take(live, models["candidate"], models["previous"], arms)
             except Exception as error:
                 log.exception("switch_failed", version=live.version)
                 pointer = wanted.get("live")
                 if pointer is None or live is slot.live:
                     raise
                 wanted.pop("live")
-                self._give_up("live", pointer, BundleError("switch-failed", f"{error!r}; the model in use stays"))
+                self._give_up(Target.of(pointer), BundleError("switch-failed", f"{error!r}; the model in use stays"))
         await self._free()
 
-    async def _take(self, live: ServingModel, candidate: ServingModel | None, previous: ServingModel | None) -> None:
+    async def _take(
+        self,
+        live: ServingModel,
+        candidate: ServingModel | None,
+        previous: ServingModel | None,
+        arms: dict[str, ServingModel],
+    ) -> None:
         slot = self._slot
         old = slot.live
         shadows = [m for m in (candidate, previous) if m is not None and m.version != live.version]
-        await self._switch(live, shadows if self._settings.models.shadow else [])
-        slot.live, slot.candidate, slot.previous = live, candidate, previous
+        await self._switch(live, shadows if self._settings.models.shadow else [], arms)
+        slot.live, slot.candidate, slot.previous, slot.arms = live, candidate, previous, arms
         if (live.version, live.generation) != (old.version, old.generation):
             log.info(
                 "model_live", version=live.version, generation=live.generation, space=live.space_id, was=old.version
             )
         self._metrics.set_roles(slot.by_role())
+        self._metrics.set_arms(self._state.arms, arms)
+        self.arms_refused = {version: why for version, why in self.arms_refused.items() if version not in arms}
         self.changed.set()
 
     async def _free(self) -> None:
-        """Free the versions that no role names and nobody serves with."""
+        """Free the versions that no role and no arm names and nobody serves with."""
         state, slot, now = self._state, self._slot, time.monotonic()
-        named = self._named_keys() | {self._serving_key()}
+        named = state.keys() | {self._serving_key()}
         state.retries = {key: retry for key, retry in state.retries.items() if key in named}
         state.unnamed_at = {key: state.unnamed_at.get(key, now) for key in state.held if key not in named}
         # The pointer that makes the old live version the previous one comes a moment after the live one.
@@ -311,22 +280,22 @@ class ModelWatch:
             for space in await self._thread.run(mirrored.keep_only, spaces, encoders):
                 await self._in_background(space.index.close)
 
-    def _serving_key(self) -> tuple[str, str]:
+    def _serving_key(self) -> Key:
         """Return the held version that serves, which need not be the one that the topic names."""
         live = self._slot.live
         return next(key for key, held in self._state.held.items() if held.model.is_same_version(live))
 
     # -- preparing -----------------------------------------------------------------------------------------------
 
-    async def _prepare_until_news(self, role: Role, pointer: Pointer) -> None:
+    async def _prepare_until_news(self, target: Target) -> None:
         """Prepare; give it up where the topic comes to say something more urgent."""
-        preparing = asyncio.create_task(self._try(role, pointer), name=f"prepare-{pointer.version}")
+        preparing = asyncio.create_task(self._try(target), name=f"prepare-{target.version}")
         gives_up = False
         try:
             while not preparing.done():
                 news = asyncio.create_task(self._news.wait())
                 await asyncio.wait(
-                    {preparing, news}, timeout=self._seconds_to_live(role), return_when=asyncio.FIRST_COMPLETED
+                    {preparing, news}, timeout=self._seconds_to_live(target.role), return_when=asyncio.FIRST_COMPLETED
                 )
                 news.cancel()
                 if preparing.done():
@@ -339,9 +308,9 @@ class ModelWatch:
                     await self._assign()
                 if not self.decided.is_set() and self._live_retry() is not None:
                     self._decide()
-                due = self._next()
-                if due is None or _key(due[1]) != _key(pointer):
-                    log.info("preparation_given_up", version=pointer.version)
+                due = self._state.next(time.monotonic())
+                if due is None or due.key != target.key:
+                    log.info("preparation_given_up", version=target.version)
                     gives_up = True
                     break
         finally:
@@ -353,12 +322,12 @@ class ModelWatch:
         if gives_up:
             await asyncio.sleep(SETTLE_SECONDS)
 
-    def _live_retry(self) -> _Retry | None:
+    def _live_retry(self) -> Retry | None:
         """Return when the live version is asked for again, None where it is not waited for."""
-        pointer = self._state.wanted.get("live")
-        return None if pointer is None else self._state.retries.get(_key(pointer))
+        pointer = self._state.pointers.get("live")
+        return None if pointer is None else self._state.retries.get(Target.of(pointer).key)
 
-    def _seconds_to_live(self, preparing: Role) -> float | None:
+    def _seconds_to_live(self, preparing: str) -> float | None:
         """Return how long the preparation of a role may go on undisturbed; None: until there is news."""
         retry = self._live_retry()
         if retry is None:
@@ -368,49 +337,61 @@ class ModelWatch:
             waits.append(self._patience_ends_at())
         return max(0.0, min(waits) - time.monotonic()) if waits else None
 
-    async def _try(self, role: Role, pointer: Pointer) -> None:
-        key = _key(pointer)
+    async def _try(self, target: Target) -> None:
         started = time.perf_counter()
         try:
-            held = await self._prepare(pointer)
+            key, held = await self._prepare(target)
         except (RegistryError, OSError) as error:
-            retry = self._state.retries.setdefault(key, _Retry())
-            seconds = min(RETRY_MAX_SECONDS, RETRY_SECONDS * 2**retry.attempts)
-            retry.attempts += 1
-            retry.at = time.monotonic() + seconds
             self._metrics.unreachable.inc()
-            log.warning("model_unreachable", version=pointer.version, retry_seconds=seconds, error=str(error))
+            seconds = self._try_later(target)
+            log.warning("model_unreachable", version=target.version, retry_seconds=seconds, error=str(error))
+            if target.role == ARM:
+                self.arms_refused[target.version] = Refused(ARM, target.version, 0, "unreachable", str(error))
+                self.changed.set()
             return
         except BundleError as error:
-            self._give_up(role, pointer, error)
+            if target.role == ARM and error.reason == "not-in-registry":
+                # No pointer will tell when it is published.
+                self._try_later(target)
+                self._refuse(ARM, target.version, 0, error)
+                return
+            self._give_up(target, error)
             return
         except Exception as error:
-            log.exception("preparation_failed", version=pointer.version)
-            self._give_up(role, pointer, BundleError("preparation-failed", f"{error!r}; the model in use stays"))
+            log.exception("preparation_failed", version=target.version)
+            self._give_up(target, BundleError("preparation-failed", f"{error!r}; the model in use stays"))
             return
-        self._state.retries.pop(key, None)
+        self._state.retries.pop(target.key, None)
         self._state.held[key] = held
         seconds = time.perf_counter() - started
         self._metrics.prepare_seconds.observe(seconds)
         self.changed.set()
-        log.info("model_prepared", role=role, version=pointer.version, seconds=round(seconds, 3))
+        log.info("model_prepared", role=target.role, version=target.version, seconds=round(seconds, 3))
 
-    def _give_up(self, role: Role, pointer: Pointer, error: BundleError) -> None:
-        self._state.given_up.add((role, pointer.generation))
-        self._state.retries.pop(_key(pointer), None)
-        self._refuse(role, pointer.version, pointer.generation, error)
+    def _try_later(self, target: Target) -> float:
+        """Have a version asked for again; return in how many seconds."""
+        retry = self._state.retries.setdefault(target.key, Retry())
+        seconds = min(RETRY_MAX_SECONDS, RETRY_SECONDS * 2**retry.attempts)
+        retry.attempts += 1
+        retry.at = time.monotonic() + seconds
+        return seconds
 
-    async def _prepare(self, pointer: Pointer) -> _Held:
-        """Return a version that may serve. Raises BundleError, RegistryError and OSError."""
-        if pointer.is_bootstrap or pointer.is_withdrawal:
+    def _give_up(self, target: Target, error: BundleError) -> None:
+        self._state.given_up.add(target)
+        self._state.retries.pop(target.key, None)
+        self._refuse(target.role, target.version, target.generation, error)
+
+    async def _prepare(self, target: Target) -> tuple[Key, Held]:
+        """Return a version that may serve, and its key. Raises BundleError, RegistryError and OSError."""
+        if target.version == BOOTSTRAP_VERSION:
             self._preparing = self._slot.bootstrap_space
             space = await self._item_space(self._slot.bootstrap_space)
-            return _Held(_bootstrap(space), space)
+            return target.key, Held(bootstrap(space), space)
         stop = threading.Event()
         try:
             # A time-out is an OSError: asked again like any registry that is not reached.
             async with asyncio.timeout(self._settings.models.fetch_timeout_seconds):
-                bundle = await self._in_background(self._load, pointer, stop)
+                bundle = await self._in_background(self._load, target, stop)
         finally:
             stop.set()
         self._check(bundle)
@@ -422,26 +403,27 @@ class ModelWatch:
         if encoder_id != self._slot.bootstrap_space.encoder_id and self.decided.is_set():
             await self._encodings(encoder_id)
         await self._prune_cache()
-        return _Held(_served(bundle, item_space), item_space)
+        return (bundle.version, bundle.manifest_sha256), Held(served(bundle, item_space), item_space)
 
     async def _prune_cache(self) -> None:
         models = self._settings.models
-        keep = {p.version for p in self._state.wanted.values()} | {m.version for m in self._slot.by_role().values()}
+        keep = {p.version for p in self._state.pointers.values()} | {*self._state.arms}
+        keep |= {m.version for m in (*self._slot.by_role().values(), *self._slot.arms.values())}
         try:
             await self._in_background(prune_cache, models.cache_folder, keep, models.cache_bundles)
         except OSError as error:
             log.warning("cache_not_pruned", folder=str(models.cache_folder), error=repr(error))
 
-    def _load(self, pointer: Pointer, stop: threading.Event) -> Bundle:
+    def _load(self, target: Target, stop: threading.Event) -> Bundle:
         models = self._settings.models
-        folder = self._registry.fetch(pointer.version, models.cache_folder, manifest_sha256=pointer.manifest_sha256)
+        # An arm's settings name no manifest: the registry's is taken, its signature is checked as any other.
+        sha256 = None if target.role == ARM else target.manifest_sha256
+        folder = self._registry.fetch(target.version, models.cache_folder, manifest_sha256=sha256)
         if stop.is_set():
-            raise RegistryError(f"{pointer.version} was fetched when nobody waited for it any more; it is in the cache")
-        bundle = load(
-            folder, models.trusted(), manifest_sha256=pointer.manifest_sha256, max_bytes=models.max_bundle_bytes
-        )
-        if (bundle.manifest.name, bundle.version) != (models.name, pointer.version):
-            raise BundleError("wrong-name", f"{pointer.version} is {bundle.version} of {bundle.manifest.name!r}")
+            raise RegistryError(f"{target.version} was fetched when nobody waited for it any more; it is in the cache")
+        bundle = load(folder, models.trusted(), manifest_sha256=sha256, max_bytes=models.max_bundle_bytes)
+        if (bundle.manifest.name, bundle.version) != (models.name, target.version):
+            raise BundleError("wrong-name", f"{target.version} is {bundle.version} of {bundle.manifest.name!r}")
         bundle.check_canary()
         return bundle
 
@@ -520,45 +502,8 @@ class ModelWatch:
             executor.shutdown(wait=False)
 
 
-def _served(bundle: Bundle, items: ItemSpace) -> ServingModel:
-    manifest = bundle.manifest
-    carry = None
-    if bundle.carry is not None and manifest.carry_from is not None:
-        carry = (hash64(manifest.carry_from), bundle.carry)
-    return ServingModel(
-        version=bundle.version,
-        generation=0,
-        space=items.space,
-        scorer=bundle.scorer,
-        features=bundle.features,
-        vectors=items.vectors,
-        vector_index=items.index,
-        carry=carry,
-        window_end_ms=manifest.window.to_ms or None,
-    )
-
-
-def _bootstrap(items: ItemSpace) -> ServingModel:
-    return ServingModel(BOOTSTRAP_VERSION, 0, items.space, None, None, items.vectors, items.index)
-
-
-def _key(pointer: Pointer) -> tuple[str, str]:
-    """Return what tells versions apart; a live role that was taken away is the bootstrap's."""
-    return (pointer.version or BOOTSTRAP_VERSION, pointer.manifest_sha256)
-
-
 def _roles(models: Mapping[str, ServingModel | None]) -> dict[str, tuple[str, int]]:
     return {role: (m.version, m.generation) for role, m in models.items() if m is not None}
-
-
-def _named(record: Record) -> tuple[str, str, int]:
-    """Return role, version and generation that a refused record names, as far as it can be read."""
-    role = (record.key or b"").decode("utf-8", "replace").rpartition("/")[2][:100]
-    try:
-        pointer = decode(record.key, record.value or b"")
-    except BundleError:
-        return role, "", 0
-    return role, pointer.version, pointer.generation
 
 
 def _now_ms() -> int:

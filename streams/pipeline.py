@@ -86,8 +86,6 @@ class Prepared:
     suppressed: int = 0
     visibility_version: int = 0
     """The catalogue's when the slates were made."""
-    model_version: str = ""
-    """Of the model that made the slates, all of them."""
     shown: Shown = field(default_factory=Shown)
     """Impressions, with their rows before them."""
     features: list[SentFeatures] = field(default_factory=list)
@@ -166,9 +164,14 @@ class Pipeline:
         self._surfaces = surface_names(default, settings.recommender.surfaces, settings.user_state)
         self.labels = LabelsWriter(settings, epoch, self._surfaces)
 
-    def use(self, live: ServingModel, shadows: Sequence[ServingModel]) -> None:
-        """Serve with ``live`` from the next batch on; between two batches, in the state thread."""
-        self._recommender.use(live)
+    def use(
+        self, live: ServingModel, shadows: Sequence[ServingModel], arms: Mapping[str, ServingModel] | None = None
+    ) -> None:
+        """Serve with ``live`` from the next batch on; between two batches, in the state thread.
+
+        ``arms``: by version, the models that score for arms of the experiment which name them.
+        """
+        self._recommender.use(live, arms)
         self._space_id = live.space_hash
         self._generation = live.generation
         self._model_version = live.version
@@ -194,7 +197,7 @@ class Pipeline:
         now_ms: int,
     ) -> Prepared:
         """Process accepted events in order; nothing is changed but the counters, which have a guard of their own."""
-        prepared = Prepared(model_version=self._model_version)
+        prepared = Prepared()
         started = time.perf_counter()
         done: list[tuple[Decoded, Outcome]] = []
         self._update(list(accepted), read_row, prepared, done)
@@ -417,7 +420,7 @@ class Pipeline:
             surface=slate.surface,
             degraded=degraded,
             trigger=Trigger(event.event_id, topic, decoded.partition, decoded.offset),
-            model_version=self._model_version,
+            model_version=slate.model_version or self._model_version,
             space_id=self._space_name,
             experiment=slate.experiment,
             exploration=slate.exploration,

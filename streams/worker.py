@@ -12,7 +12,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -309,27 +309,32 @@ class Worker:
             # An agent that returns or raises would let Faust acknowledge or restart: wait for the end instead.
             await asyncio.Event().wait()
 
-    async def _switch_model(self, live: ServingModel, shadows: list[ServingModel]) -> None:
+    async def _switch_model(
+        self, live: ServingModel, shadows: list[ServingModel], arms: Mapping[str, ServingModel]
+    ) -> None:
         """Serve with another model from the next batch on; where that fails, with the one in use, and raise why."""
         async with self.batch_in_work:
-            old, old_shadows = self.model.live, self.pipeline.shadows
+            old, old_shadows, old_arms = self.model.live, self.pipeline.shadows, self.model.arms
             started = time.perf_counter()
             try:
-                await self._use_model(live, shadows)
+                await self._use_model(live, shadows, arms)
             except Exception:
-                await self._use_model(old, old_shadows)
+                await self._use_model(old, old_shadows, old_arms)
                 raise
             if (live.version, live.generation) != (old.version, old.generation):
                 self.model_metrics.swap_seconds.observe(time.perf_counter() - started)
 
-    async def _use_model(self, live: ServingModel, shadows: list[ServingModel]) -> None:
+    async def _use_model(
+        self, live: ServingModel, shadows: list[ServingModel], arms: Mapping[str, ServingModel]
+    ) -> None:
         self.encoder.use(live.space)
-        await self.state.run(self.pipeline.use, live, shadows)
+        await self.state.run(self.pipeline.use, live, shadows, arms)
         self.metrics.set_build(model_version=live.version, space_id=live.space_id)
 
     async def _use_settings(self, settings: Settings) -> None:
         async with self.batch_in_work:
             await self.state.run(self.pipeline.reconfigure, settings)
+        self.models.name_arms(settings.recommender.experiment.bundles)
 
     def _parts(self, events: Sequence[Any]) -> list[list[Any]]:
         """Split a batch so that each suspect of an earlier death is alone."""

@@ -76,6 +76,11 @@ class Recorder:
     def log_odds(self, logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         return logits
 
+    def attention(
+        self, items: npt.NDArray[np.float32], recents: npt.NDArray[np.float32], *_: Any
+    ) -> npt.NDArray[np.float32]:
+        return np.zeros((*items.shape[:2], recents.shape[1]), np.float32)
+
 
 @dataclass
 class Bench:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import threading
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -107,7 +107,7 @@ class Scene:
     fails_at: str | None = None
     offsets: Iterator[int] = field(default_factory=itertools.count)
 
-    async def switch(self, live: ServingModel, shadows: list[ServingModel]) -> None:
+    async def switch(self, live: ServingModel, shadows: list[ServingModel], arms: Mapping[str, ServingModel]) -> None:
         """Note a switch."""
         if live.version == self.fails_at:
             raise RuntimeError("cannot be used")
@@ -176,8 +176,8 @@ async def scene(folder: Path, *, follow: bool = True, **models: Any) -> AsyncIte
     thread = StateThread()
     made: list[Scene] = []
 
-    async def switch(live: ServingModel, shadows: list[ServingModel]) -> None:
-        await made[0].switch(live, shadows)
+    async def switch(live: ServingModel, shadows: list[ServingModel], arms: Mapping[str, ServingModel]) -> None:
+        await made[0].switch(live, shadows, arms)
 
     metrics = ModelMetrics(CollectorRegistry())
     watch = ModelWatch(settings, slot, FilledMirror(state), thread, metrics, switch)  # type: ignore[arg-type]
@@ -522,6 +522,7 @@ async def test_status_says_what_is_served_prepared_and_refused(tmp_path: Path) -
             "group": "a-group",
             "live": {"version": BOOTSTRAP_VERSION, "generation": 0, "space_id": SPACE.space_id},
             "prepared": [{"role": "candidate", "version": "v1", "generation": 1}],
+            "arms": [],
         }
         assert (refused["role"], refused["version"], refused["reason"]) == ("live", "v1", "wrong-hash")
 
