@@ -242,6 +242,13 @@ def replay(
     modes: Annotated[str, typer.Option(help="Of frozen, live, retrained, with commas.")] = "frozen,live,retrained",
     slates: Annotated[int, typer.Option(min=0, help="Impressions at which a slate of ours is made; 0: none.")] = 2_000,
     texts: Annotated[bool, typer.Option(help="Encode item texts, where there are any.")] = True,
+    histories: Annotated[
+        bool, typer.Option(help="Learn where items lie from users' histories, where there are texts and enough.")
+    ] = True,
+    train_encoder: Annotated[
+        bool, typer.Option("--train-encoder", help="Train the text encoder's top layers on the histories too; minutes.")
+    ] = False,
+    cache: Annotated[Path | None, typer.Option(help="Folder that keeps encodings for the next replay.")] = None,
     jobs: Annotated[int | None, typer.Option(min=1, help="Processes; default: a core for each delay.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of weights, draws and intervals.")] = 0,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write all figures there.")] = None,
@@ -267,6 +274,9 @@ def replay(
         seed=seed,
         jobs=jobs,
         texts=texts,
+        histories=histories,
+        train_encoder=train_encoder,
+        cache=cache,
         json_file=json_file,
         plot_file=plot,
         report_file=report,

@@ -36,7 +36,9 @@ from trainer.replay_delay import Delay, ModeResult, Show, tick_seconds
 from trainer.replay_log import Parts, Source, Survey, acted_on, find_parts, survey_log
 from trainer.replay_models import ItemVectors
 from trainer.replay_settings import MODES, Mode, ReplayConfig
+from trainer.replay_space import learned_spaces
 from trainer.scoring import encode_items
+from trainer.space_learning import SpaceConfig
 
 __all__ = [
     "Mode",
@@ -72,6 +74,8 @@ class ReplayResult:
     has_item_vectors: bool
     version: str
     config: ReplayConfig
+    spaces: dict[float, str] = field(default_factory=dict)
+    """Id of the space that items lay in at each delay."""
     seconds: float = 0.0
     results: list[ModeResult] = field(default_factory=list)
 
@@ -115,13 +119,16 @@ def replay(
     config: ReplayConfig | None = None,
     *,
     encoder: EncoderConfig | None = None,
+    cache: Path | None = None,
+    space: SpaceConfig | None = None,
     jobs: int = 1,
     show: Show = lambda step, done, total: None,
 ) -> ReplayResult:
     """Replay a log at all delays of ``config``.
 
-    ``encoder``: what item texts are encoded with; None: items have no vectors. ``jobs``: processes, one delay each at
-    a time; with 1 all is done here. ``show`` is called from this thread only.
+    ``encoder``: what item texts are encoded with; None: items have no vectors. ``cache``: folder that keeps encodings
+    for the next replay; None: they are kept until this one ends. ``space``: how a space is learned from histories.
+    ``jobs``: processes, one delay each at a time; with 1 all is done here. ``show`` is called from this thread only.
     Raises ReplayError, and LogFormatError and EncoderError where files or encoder are not as they should be.
     """
     config = config or ReplayConfig()
@@ -132,9 +139,14 @@ def replay(
         reader, source.open_scored(), config.score_share, lambda events: show("looking through the log", events, None)
     )
     with tempfile.TemporaryDirectory(prefix="millstream-replay-") as folder, _one_thread():
-        items = item_vectors(source, reader, survey, encoder, Path(folder), show)
+        latest = HISTORY_ITEMS if config.histories == "off" else max(HISTORY_ITEMS, SpaceConfig().history_items)
+        items = item_vectors(reader, survey, encoder, cache or Path(folder), latest, show)
         result = ReplayResult.of(source, survey, items, config)
-        work = [(source, survey, items, config, delay) for delay in delays]
+        spaces = dict.fromkeys(delays, items)
+        if config.histories != "off":
+            spaces = learned_spaces(reader, survey.start_ms, items, delays, space_config(config, space), show)
+        result.spaces = {delay: own.space.space_id for delay, own in spaces.items()}
+        work = [(source, survey, spaces[delay], config, delay) for delay in delays]
         if min(jobs, len(work)) > 1:
             result.results = _in_processes(work, min(jobs, len(work)), show)
         else:
@@ -145,9 +157,9 @@ def replay(
 
 
 def item_vectors(
-    source: Source, reader: LogReader, survey: Survey, encoder: EncoderConfig | None, folder: Path, show: Show
+    reader: LogReader, survey: Survey, encoder: EncoderConfig | None, folder: Path, of_history: int, show: Show
 ) -> ItemVectors:
-    """Return where the items lie that a replay needs: those shown, and the latest of each user's earlier actions."""
+    """Return where the items lie that a replay needs: those shown, and the latest ``of_history`` of each history."""
     texts: dict[int, str] = {}
     embeddings: dict[int, list[float]] = {}
     for item in reader.items():
@@ -157,7 +169,7 @@ def item_vectors(
             embeddings[hash64(item.item_id)] = item.embedding
     if not texts and not embeddings:
         return ItemVectors()
-    needed = {hash64(item) for item in survey.first_shown_ms} | acted_on(reader, HISTORY_ITEMS)
+    needed = {hash64(item) for item in survey.first_shown_ms} | acted_on(reader, of_history)
     texts = {item: text for item, text in texts.items() if item in needed}
     embeddings = {item: own for item, own in embeddings.items() if item in needed}
     if encoder is None or not texts:
@@ -168,6 +180,12 @@ def item_vectors(
         loaded, texts, OutputCache(folder, CACHE_BYTES), lambda done, total: show("encoding texts", done, total)
     )
     return ItemVectors(space, texts, encodings, encoder, folder, embeddings)
+
+
+def space_config(config: ReplayConfig, given: SpaceConfig | None = None) -> SpaceConfig:
+    """Return how a space is learned in a replay: on a CPU, so that the same seed gives the same figures."""
+    made = (given or SpaceConfig()).settled(seed=config.seed, device="cpu", cache_bytes=CACHE_BYTES)
+    return made.with_encoder("frozen" if config.histories == "off" else config.histories)
 
 
 def delay_text(seconds: float) -> str:

@@ -17,7 +17,9 @@ import numpy.typing as npt
 
 from models.bootstrap import SPACE_DIM, Space
 from models.bundle import ItemEncodings
+from models.ctr import CtrScorer
 from models.encoder import EncoderConfig, TextEncoder
+from models.encoder_delta import EncoderDelta
 from models.errors import ReplayError, TrainingError
 from models.examples import FeaturesRecord
 from models.user_events import UserStateConfig
@@ -26,6 +28,7 @@ from trainer.finetune import StartingPoint, Trained, TrainingSet, train
 from trainer.fit import Progress
 from trainer.log_examples import LogExamples, thinned
 from trainer.scoring import ItemTable, score
+from trainer.space_learning import with_features
 from trainer.training_config import TrainingConfig
 
 F32 = npt.NDArray[np.float32]
@@ -64,6 +67,10 @@ class ItemVectors:
     """Where the encodings are kept for the trainings."""
     embeddings: dict[int, list[float]] = field(default_factory=dict)
     """Vectors that items bring themselves, by hash64 of the item id."""
+    delta: EncoderDelta | None = None
+    """What learning from histories changed of the encoder."""
+    scorer: CtrScorer | None = None
+    """What was learned with the space from histories; None: the space is as the encoder has it."""
 
     @property
     def has_vectors(self) -> bool:
@@ -166,10 +173,14 @@ class Learner:
         return self._examples.part(self._schedule.closed(self._examples.records, until_ms))
 
     def _train(self, known: LogExamples, parent: Trained | None) -> Trained:
-        scorer, features = (None, None) if parent is None else (parent.scorer, parent.features)
-        start = StartingPoint(self._items.space, self._encoder, None, scorer, features)
+        items = self._items
         alike = like_the_scored(known, self._schedule, self._unclicked())
-        chosen = TrainingSet(alike.records, alike.labels, self._items.texts, embeddings=self._items.embeddings)
+        chosen = TrainingSet(alike.records, alike.labels, items.texts, embeddings=items.embeddings)
+        start = StartingPoint(items.space, self._encoder, items.delta, items.scorer)
+        if parent is not None:
+            start = replace(start, scorer=parent.scorer, features=parent.features)
+        elif items.scorer is not None:
+            start = with_features(start, chosen)
         config = self._config if parent is None else again(self._config)
         return train(chosen, start, config, cache_folder=self._items.cache, on_progress=self._show)
 

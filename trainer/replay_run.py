@@ -27,9 +27,19 @@ from trainer.replay_html import as_html
 from trainer.replay_plot import draw, require_matplotlib
 from trainer.replay_report import as_json, costs, lines, sentence, slate_lines, table
 from trainer.replay_settings import ReplayConfig, duration_seconds
+from trainer.space_learning import PREFIX
 
 Say = Callable[[str], None]
-UNITS: Final = {"training": "steps", "encoding texts": "texts", "measuring": "modes"}
+UNITS: Final = {
+    "training": "steps",
+    "encoding texts": "texts",
+    "encoding texts again": "texts",
+    "encoding": "texts",
+    "frozen layers": "texts",
+    "histories": "steps",
+    "towers": "steps",
+    "measuring": "modes",
+}
 """What each step counts; all others count events."""
 
 
@@ -49,6 +59,9 @@ class ReplayOptions:
     jobs: int | None
     """None: one for each core and delay."""
     texts: bool
+    histories: bool
+    train_encoder: bool
+    cache: Path | None
     json_file: Path | None
     plot_file: Path | None
     report_file: Path | None
@@ -67,6 +80,8 @@ class CoreSettings:
 
 def run(options: ReplayOptions, core: CoreSettings, say: Say) -> ReplayResult:
     """Replay, tell the figures, write the files. Raises ReplayError for options that cannot be, before any work."""
+    if options.train_encoder and not (options.texts and options.histories):
+        raise ReplayError("--train-encoder learns from texts and histories: leave out --no-texts and --no-histories")
     config = config_of(options, core)
     for file in (options.json_file, options.plot_file, options.report_file):
         if file is not None and not file.resolve().parent.is_dir():
@@ -77,7 +92,12 @@ def run(options: ReplayOptions, core: CoreSettings, say: Say) -> ReplayResult:
     jobs = options.jobs or min(_cores(), len(set(config.delays_seconds)))
     with told(sys.stderr) as show:
         result = replay(
-            source, config, encoder=_encoder(core.encoder, say) if options.texts else None, jobs=jobs, show=show
+            source,
+            config,
+            encoder=_encoder(core.encoder, say) if options.texts else None,
+            cache=options.cache,
+            jobs=jobs,
+            show=show,
         )
     tell(result, say)
     write(result, options, say)
@@ -92,6 +112,7 @@ def config_of(options: ReplayOptions, core: CoreSettings) -> ReplayConfig:
             modes=tuple(name.strip() for name in options.modes.split(",")),
             retrain_every_seconds=duration_seconds(options.retrain_every, "--retrain-every"),
             unclicked_weight=options.unclicked_weight,
+            histories="top" if options.train_encoder else "frozen" if options.histories else "off",
             slates=options.slates,
             seed=options.seed,
             user_state=core.user_state,
@@ -139,6 +160,8 @@ def tell(result: ReplayResult, say: Say) -> None:
             say(line)
     for line in [*slate_lines(result), *costs(result)]:
         say(line)
+    if any(space.startswith(PREFIX) for space in result.spaces.values()):
+        say("items lie in a space learned from the histories that had arrived when the scored part began")
     say(f"{sentence(result)} ({result.seconds:,.0f} s)")
 
 

@@ -58,6 +58,11 @@ class ReplayConfig(BaseModel):
     score_share: float = Field(
         0.3, gt=0, lt=1, description="Latest share of the impressions that is scored where the log is one part."
     )
+    histories: Literal["off", "frozen", "top"] = Field(
+        "frozen",
+        description="Where items have texts and enough was acted on: whether the space is learned from histories, with "
+        "the text encoder as it is or with its top layers trained.",
+    )
     slates: int = Field(2_000, ge=0, description="Scored impressions with a click at which a slate is made; 0: none.")
     k: int = Field(10, ge=1, le=200, description="Items of such a slate.")
     seed: int = Field(0, ge=0, description="Of weights, draws and intervals.")
