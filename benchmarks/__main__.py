@@ -27,7 +27,18 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from rich.console import Console
 
-from benchmarks import baselines, everything, examples, freshness, new_items, recovery, swap, throughput, training
+from benchmarks import (
+    baselines,
+    emergency,
+    everything,
+    examples,
+    freshness,
+    new_items,
+    recovery,
+    swap,
+    throughput,
+    training,
+)
 from benchmarks.processes import REPOSITORY, BenchmarkError
 from benchmarks.results import Report, machine, print_report
 from benchmarks.stage import QUICK, Bench, Sizes
@@ -47,6 +58,7 @@ BENCHMARKS: Final[dict[str, Run]] = {
     "impressions": throughput.impressions,
     "examples": examples.run,
     "everything": everything.run,
+    "emergency-block": emergency.run,
     "swap": swap.run,
     "new-items": new_items.run,
     "recovery": recovery.run,

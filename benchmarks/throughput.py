@@ -38,14 +38,15 @@ async def slates(bench: Bench, setup: Setup = DEFAULTS) -> None:
         await _warm_up(made, worker)
         clicks = _clicks(bench, sizes.slates)
         begun_ms = time.time_ns() // 1_000_000
-        profile = await _take_in(made, worker, clicks, "action")
+        profile, used_seconds = await _take_in(made, worker, clicks, "action")
         sent = [r for r in await made.records(made.names.recommendations) if r.timestamp >= begun_ms]
         first, last = min(r.timestamp for r in sent), max(r.timestamp for r in sent)
         rate = (len(sent) - 1) / max(last - first, 1) * 1e3
         mean_bytes = sum(len(r.value) for r in sent) / len(sent)
         note = (
             f"{len(sent):,} slates for {len(clicks):,} clicks of {sizes.users:,} users, {sizes.items:,} items; "
-            f"a slate has {mean_bytes:.0f} bytes; {await _stages(worker)}"
+            f"a slate has {mean_bytes:.0f} bytes; {_processor_time(used_seconds, len(sent), 'a slate')}; "
+            f"{await _stages(worker)}"
         )
         name = f"refreshed slates{setup.title}"
         figure = Figure(name, rate, "slates/s", at_least=setup.slates_a_second, note=note, is_event_rate=True)
@@ -105,19 +106,17 @@ async def rate(
     counted = len(records) if counted is None else counted
     target = {"action": ACTIONS_A_SECOND, "impression": IMPRESSIONS_A_SECOND}[kind]
     before = await worker.metric("millstream_slates_total")
-    processor_seconds = -await worker.metric("process_cpu_seconds_total")
     readings: list[tuple[float, float]] = []
-    profile = await _take_in(made, worker, records, kind, readings, counted)
+    profile, used_seconds = await _take_in(made, worker, records, kind, readings, counted)
     base = readings[0][1]
     moving = [(at, count) for at, count in readings if base < count < base + counted]
     if len(moving) < 2:
         raise BenchmarkError(f"{name}: over before it was read twice; take more than {counted} events")
     per_second = (moving[-1][1] - moving[0][1]) / (moving[-1][0] - moving[0][0])
     slates_sent = await worker.metric("millstream_slates_total") - before
-    processor_seconds += await worker.metric("process_cpu_seconds_total")
     note = (
-        f"{len(records):,} events, {slates_sent:.0f} slates; {processor_seconds / len(records) * 1e6:.0f} µs of the "
-        f"worker's processor time an event; {await _stages(worker)}"
+        f"{len(records):,} events, {slates_sent:.0f} slates; "
+        f"{_processor_time(used_seconds, len(records), 'an event')}; {await _stages(worker)}"
     )
     figure = Figure(name, per_second, "events/s", at_least=target, note=note, is_event_rate=True)
     await _finish(made, worker, figure, profile)
@@ -130,12 +129,14 @@ async def _take_in(
     kind: str,
     readings: list[tuple[float, float]] | None = None,
     counted: int | None = None,
-) -> str:
-    """Write the backlog and return when the worker has acknowledged it; returns the profile, "" without one.
+) -> tuple[str, float]:
+    """Write the backlog and return when the worker has acknowledged it.
 
+    Returns the profile, "" without one, and the processor seconds that the worker used.
     ``readings`` gets (time, events done so far), the first one from before.
     """
     before = await worker.metric("millstream_events_total", type=kind)
+    used_seconds = -await worker.metric("process_cpu_seconds_total")
     readings = [] if readings is None else readings
     readings.append((time.perf_counter(), before))
     with worker.paused():
@@ -143,7 +144,13 @@ async def _take_in(
         await asyncio.sleep(2 * SILENT_AGE_SECONDS)
         worker.start_profile()
     await _until(worker, int(before) + (counted or len(records)), kind, readings)
-    return await worker.end_profile()
+    used_seconds += await worker.metric("process_cpu_seconds_total")
+    return await worker.end_profile(), used_seconds
+
+
+def _processor_time(seconds: float, n: int, what: str) -> str:
+    """Return the processor time of one slate or event: what a busy machine stretches least."""
+    return f"{seconds / max(n, 1) * 1e6:.0f} µs of the worker's processor time {what}"
 
 
 async def _until(worker: WorkerProcess, wanted: int, kind: str, readings: list[tuple[float, float]]) -> None:
