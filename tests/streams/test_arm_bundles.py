@@ -40,7 +40,7 @@ async def test_version_of_an_arm_is_held_beside_the_live_one_without_a_role(tmp_
         on.watch.name_arms(["v1"])
         await until_ready(on, "v1")
         assert on.slot.arms["v1"].scorer is not None
-        assert (on.slot.version, on.slot.by_role().keys()) == (BOOTSTRAP_VERSION, {"live"})
+        assert (on.slot.version, list(on.slot.by_role())) == (BOOTSTRAP_VERSION, ["live"])
         assert arms_of(on) == [ArmModel("v1", True)]
 
 
