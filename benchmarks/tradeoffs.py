@@ -4,15 +4,16 @@
     python -m benchmarks.tradeoffs mind TRAIN VALIDATION --unclicked-weight 10 --cache FOLDER
 
 The log is read as ``millstream replay`` reads it, and one model is trained on what was known when the scored part
-began. In one more pass the recommender makes slates at sampled impressions with a click, one for each setting of
-``diversity`` and each score: the hand-set one, and the model as far as ``half_trust_exposure`` believes it.
+began. In one more pass the recommender makes slates at sampled impressions with a click, one for each strength of each
+knob and each score: the hand-set one, and the model as far as ``half_trust_exposure`` believes it.
 
 Two views. ``slate``: ten items out of everything published or shown before; recall and nDCG ask where in it the
 clicked items stand. ``shown``: the items of the impression named as candidates, which the model alone orders. That
 view is left out where impressions hold three items or fewer: nothing of them could be left out.
 
-Sameness is tried only where items have vectors, the maximum per category only where they have categories. Every
-setting meets the same impressions: ``cost`` is the paired difference of nDCG to the same score with all of it off.
+Sameness is tried only where items have vectors, the maximum per category only where they have categories, slots for
+new items only where they are dated. Every setting meets the same impressions: ``cost`` is the paired difference of nDCG
+to the same score with all of it off.
 """
 
 from __future__ import annotations
@@ -40,12 +41,13 @@ from rich.table import Table
 
 from benchmarks.tradeoffs_plot import draw
 from models.bootstrap import Space
-from models.catalogue import Catalogue
+from models.catalogue import NOT_GIVEN_MS, Catalogue
 from models.counters import ItemCounters
 from models.diversity import DiversityConfig
 from models.encoder import EncoderConfig
 from models.errors import MillstreamError, ReplayError
 from models.evaluation import Interval, bootstrap_mean, coverage, gini
+from models.fresh_slots import FreshSlots
 from models.hashing import hash64
 from models.ranking import RankingConfig
 from models.recommender import Recommender, SlateRequest
@@ -55,22 +57,24 @@ from models.user_state import Rows, UserReader, UserStateConfig
 from trainer.finetune import Trained
 from trainer.log_examples import LogExamples, Reads
 from trainer.progress import Show, progress
-from trainer.replay import item_vectors
+from trainer.replay import item_vectors, space_config
 from trainer.replay_delay import Delay
 from trainer.replay_log import Survey, find_parts, survey_log
 from trainer.replay_models import Learner, Schedule
 from trainer.replay_recipe import head_recipe
 from trainer.replay_settings import ReplayConfig, duration_seconds
 from trainer.replay_slates import Popularity, Shelf, sample, whole_catalogue
+from trainer.replay_space import learned_spaces
 
-Knob = Literal["popularity_debias", "sameness", "max_per_category"]
+Knob = Literal["popularity_debias", "sameness", "max_per_category", "fresh_slots"]
 View = Literal["slate", "shown"]
 Score = Literal["hand", "model"]
 
 KNOBS: Final[Mapping[Knob, tuple[float, ...]]] = {
-    "popularity_debias": (0.02, 0.05, 0.1, 0.2, 0.5, 1.0),
+    "popularity_debias": (0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0),
     "sameness": (0.1, 0.2, 0.3, 0.5, 0.7),
     "max_per_category": (5, 3, 2, 1),
+    "fresh_slots": (1, 2, 3, 5),
 }
 """Strengths of each setting, from weak to strong."""
 SCORES: Final[tuple[Score, ...]] = ("hand", "model")
@@ -91,17 +95,25 @@ class Setting:
         """Return the name of the surface that makes its slates."""
         return f"{self.knob} {self.strength:g}" if self.strength else "default"
 
-    def diversity(self) -> DiversityConfig:
-        """Return it as a surface has it."""
-        return DiversityConfig.model_validate({self.knob: self.strength})
+    def config(self, k: int) -> SurfaceConfig:
+        """Return the surface of slates of ``k``; slots for new items are spread over it, to its end."""
+        if self.knob == "fresh_slots":
+            slots = tuple(round(k * (j + 1) / self.strength) for j in range(round(self.strength)))
+            return SurfaceConfig(k=k, fresh_slots=FreshSlots(slots=slots))
+        return SurfaceConfig(k=k, diversity=DiversityConfig.model_validate({self.knob: self.strength}))
 
 
 OFF: Final = Setting("popularity_debias", 0.0)
 
 
-def grid(has_vectors: bool, has_categories: bool) -> list[Setting]:
+def grid(has_vectors: bool, has_categories: bool, has_dates: bool) -> list[Setting]:
     """Return what is tried, OFF first; only knobs that have something to go by on this log."""
-    possible = {"popularity_debias": True, "sameness": has_vectors, "max_per_category": has_categories}
+    possible: dict[Knob, bool] = {
+        "popularity_debias": True,
+        "sameness": has_vectors,
+        "max_per_category": has_categories,
+        "fresh_slots": has_dates,
+    }
     return [OFF, *(Setting(knob, s) for knob, strengths in KNOBS.items() if possible[knob] for s in strengths)]
 
 
@@ -206,16 +218,19 @@ class Tradeoffs:
         self._shelf = Shelf(catalogue, survey.first_shown_ms)
         self._popularity = Popularity(survey.clicks, survey.first_shown_ms)
         self._users = UserReader(user_state, catalogue, hash64(space.space_id))
-        self._settings, self._taken = settings, taken
+        # Slots for new items are for slates that are retrieved.
+        ranked = [s for s in settings if s.knob != "fresh_slots"]
+        self._settings: dict[View, Sequence[Setting]] = {"slate": settings, "shown": ranked}
+        self._taken = taken
         self._config = RecommenderConfig(
-            surfaces={s.surface: SurfaceConfig(k=k, diversity=s.diversity()) for s in settings},
+            surfaces={s.surface: s.config(k) for s in settings},
             ranking=RankingConfig(half_trust_exposure=half_trust_exposure),
         )
         sizes = [len(one.shown) for one in taken.values()]
         reorders = bool(sizes) and float(np.median(sizes)) > FIRST_PLACES
         self._views: tuple[View, ...] = ("slate", "shown") if reorders else ("slate",)
         self._recommender: Recommender | None = None
-        self._tallies = {(v, s, one): Tally() for v in self._views for s in SCORES for one in settings}
+        self._tallies = {(v, s, one): Tally() for v in self._views for s in SCORES for one in self._settings[v]}
         self._seen: set[str] = set()
         self._by: list[str] = []
 
@@ -259,13 +274,13 @@ class Tradeoffs:
         taken: Taken,
     ) -> None:
         candidates = taken.shown if view == "shown" else None
+        settings, seed = self._settings[view], hash64(f"{user} {time_ms}")
         requests = [
-            SlateRequest(user_id=user, row=0, surface=s.surface, k=self._k, candidates=candidates)
-            for s in self._settings
+            SlateRequest(user, 0, surface=s.surface, k=self._k, candidates=candidates, slot_seed=seed) for s in settings
         ]
         slates = recommender.recommend(row, requests, time_ms)
         places = self._k if view == "slate" else FIRST_PLACES
-        for setting, slate in zip(self._settings, slates, strict=True):
+        for setting, slate in zip(settings, slates, strict=True):
             items = [item.item_id for item in slate.items]
             tally = self._tallies[view, score, setting]
             tally.take(items, taken.clicked, self._k, places)
@@ -311,7 +326,9 @@ def measure(args: argparse.Namespace, cache: Path, show: Show) -> list[Row]:
         reader, source.open_scored(), config.score_share, lambda done: show("looking through the log", done, None)
     )
     encoder = None if args.no_texts else EncoderConfig()
-    items = item_vectors(source, reader, survey, encoder, cache, show)
+    space = space_config(config)
+    items = item_vectors(reader, survey, encoder, cache, space.history_items, show)
+    items = learned_spaces(reader, survey.start_ms, items, [delay], space, show)[delay]
     log = Delay(source, survey, items, config, delay, show)
     examples = log.examples("reading", False)
     schedule = Schedule.of(
@@ -322,8 +339,9 @@ def measure(args: argparse.Namespace, cache: Path, show: Show) -> list[Row]:
     if not taken:
         raise ReplayError("no impression of the scored part has a click: there is nothing to make slates for")
     catalogue = whole_catalogue(source.open(), survey, items.table())
-    codes = catalogue.category_codes(np.arange(len(catalogue.index), dtype=np.int32))
-    settings = grid(items.has_vectors, bool(codes.any()))
+    every = np.arange(len(catalogue.index), dtype=np.int32)
+    has_dates = bool((catalogue.published_at_ms[every] != NOT_GIVEN_MS).any())
+    settings = grid(items.has_vectors, bool(catalogue.category_codes(every).any()), has_dates)
     maker = Tradeoffs(
         catalogue, survey, items.space, config.user_state, model, settings, taken, config.k, args.half_trust_exposure
     )
@@ -389,7 +407,9 @@ def main() -> int:
         if args.json:
             args.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n", "utf-8")
         if args.plot:
-            args.plot.write_bytes(draw(args.kind, rows))
+            args.plot.write_bytes(
+                draw(f"What more diverse slates cost ({args.kind}, {rows[0].impressions:,} impressions)", rows)
+            )
     except (MillstreamError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -8,6 +8,7 @@ import pytest
 
 from benchmarks.tradeoffs import OFF, Setting, Tally, figures, grid, ndcg
 from models.diversity import DiversityConfig
+from models.surfaces import SurfaceConfig
 from trainer.replay_slates import Popularity
 
 POPULARITY = Popularity({"a": 9, "b": 1}, ["a", "b", "c", "d", "e"])
@@ -35,24 +36,37 @@ def test_two_clicks_in_the_first_two_places_are_the_best_that_can_be() -> None:
 
 
 def test_the_grid_begins_with_all_off() -> None:
-    first = grid(has_vectors=True, has_categories=True)[0]
+    first = grid(has_vectors=True, has_categories=True, has_dates=True)[0]
 
     assert first == OFF
-    assert first.diversity() == DiversityConfig()
+    assert first.config(10) == SurfaceConfig(k=10)
     assert first.surface == "default"
 
 
-def test_sameness_is_not_tried_without_vectors_nor_a_maximum_without_categories() -> None:
-    assert {s.knob for s in grid(has_vectors=False, has_categories=False)} == {"popularity_debias"}
-    assert {s.knob for s in grid(has_vectors=True, has_categories=False)} == {"popularity_debias", "sameness"}
+@pytest.mark.parametrize(
+    ("missing", "knob"),
+    [("has_vectors", "sameness"), ("has_categories", "max_per_category"), ("has_dates", "fresh_slots")],
+)
+def test_a_knob_that_has_nothing_to_go_by_is_not_tried(missing: str, knob: str) -> None:
+    known = {"has_vectors": True, "has_categories": True, "has_dates": True}
+
+    assert knob in {s.knob for s in grid(**known)}
+    assert knob not in {s.knob for s in grid(**known | {missing: False})}
 
 
 def test_a_setting_turns_one_knob_alone() -> None:
-    assert Setting("max_per_category", 2.0).diversity() == DiversityConfig(max_per_category=2)
+    two = Setting("max_per_category", 2.0).config(10)
+
+    assert two == SurfaceConfig(k=10, diversity=DiversityConfig(max_per_category=2))
+
+
+def test_slots_for_new_items_are_spread_over_the_slate_to_its_end() -> None:
+    assert Setting("fresh_slots", 1.0).config(10).fresh_slots.slots == (10,)
+    assert Setting("fresh_slots", 3.0).config(10).fresh_slots.slots == (3, 7, 10)
 
 
 def test_settings_of_the_grid_have_surfaces_of_their_own() -> None:
-    settings = grid(has_vectors=True, has_categories=True)
+    settings = grid(has_vectors=True, has_categories=True, has_dates=True)
 
     assert len({s.surface for s in settings}) == len(settings)
 
