@@ -126,7 +126,9 @@ class Fitter:
     def fit(self, train: I64, held_back: I64, on_progress: Progress) -> Course:
         """Train until the epochs are over or the held-back slice gets no better; the best weights are restored.
 
-        The weights of the start count as an epoch: a training that only makes things worse changes nothing.
+        The weights of the start count as an epoch: a training that only makes things worse changes nothing. With
+        ``stop_on`` "end" the held-back slice decides that alone: the rate has fallen to nothing by then, so that the
+        last weights are the best guess, where the highest of many noisy measures is often luck.
         Raises TrainingError ("loss-not-finite", "out-of-memory"), and whatever ``on_progress`` raises.
         """
         config = self._config
@@ -152,9 +154,13 @@ class Fitter:
             course.epochs.append(
                 {"train_loss": float(np.mean(losses)), "held_back_loss": now.loss, "held_back_auc": now.auc}
             )
-            if now.better_than(course.best, config.stop_on):
+            if config.stop_on == "end":
+                better = epoch == config.epochs and (now.better_than(start, "loss") or now.better_than(start, "auc"))
+            else:
+                better = now.better_than(course.best, config.stop_on)
+            if better:
                 course.best, course.best_epoch, kept = now, epoch, self._state()
-            elif epoch - course.best_epoch >= config.patience:
+            elif config.stop_on != "end" and epoch - course.best_epoch >= config.patience:
                 break
         self._restore(kept)
         return course

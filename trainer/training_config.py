@@ -58,7 +58,12 @@ class TrainingConfig(BaseModel):
     )
     calibration_share: float = Field(0.1, gt=0, lt=0.5, description="Latest share of the window; calibration only.")
     patience: int = Field(2, ge=1, description="Epochs without a better held-back slice before it stops.")
-    stop_on: Literal["loss", "auc"] = Field("loss", description="Which measure of the held-back slice counts.")
+    stop_on: Literal["loss", "auc", "end"] = Field(
+        "loss",
+        description="Which measure of the held-back slice picks the epoch. end: none does, all epochs are run and the "
+        "last weights taken, unless both measures are worse than at the start; for slices too small to tell epochs "
+        "apart.",
+    )
 
     seed: int = Field(0, ge=0, description="Of initial weights, order and dropout: on a CPU the same weights again.")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is one.")

@@ -15,6 +15,7 @@ from tests.trainer.tiny_world import ITEMS, TOPICS, impressions, item_hash, reco
 from trainer import bases
 from trainer.encodings import OutputCache, SplitEncoder
 from trainer.finetune import ItemTable, StartingPoint, Trained, TrainingConfig, TrainingSet, encode_items, score, train
+from trainer.fit import Fitter, Measures
 
 
 def settings(**changed: Any) -> TrainingConfig:
@@ -74,6 +75,25 @@ def test_same_window_gives_the_same_weights_bit_for_bit(bert: TextEncoder, mode:
 def test_another_seed_gives_other_weights(bert: TextEncoder) -> None:
     one, other = (train(impressions(120), starting_point(bert), settings(seed=seed)) for seed in (1, 2))
     assert not same_tensors(one, other)
+
+
+def test_stopping_at_the_end_takes_the_last_weights_whatever_the_held_back_slice_says_of_the_epochs(
+    bert: TextEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses = iter([1.0, 0.5, 0.7, 0.9])
+    monkeypatch.setattr(Fitter, "measure", lambda self, impressions: Measures(next(losses), 0.5))
+    trained = train(impressions(120), starting_point(bert), settings(stop_on="end"))
+    assert trained.course.best_epoch == 3
+
+
+def test_stopping_at_the_end_keeps_the_start_where_loss_and_auc_are_worse(
+    bert: TextEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measures = iter([Measures(1.0, 0.7), Measures(0.5, 0.8), Measures(0.6, 0.8), Measures(1.1, 0.6)])
+    monkeypatch.setattr(Fitter, "measure", lambda self, impressions: next(measures))
+    trained = train(impressions(120), starting_point(bert), settings(stop_on="end"))
+    assert trained.course.best_epoch == 0
+    assert trained.space.same_as(starting_point(bert).space)
 
 
 def test_training_leaves_torch_as_it_was(bert: TextEncoder) -> None:
