@@ -5,7 +5,7 @@
 PATH holds the parts `train` and `validation` of MIND's layout. The log goes through the pure core in time order, by the
 hour; both arms learn from the same histories (clicks before the first impression) and then from the impressions of
 `train`, with the same steps, rates, losses and seeds. They differ in one switch, TrainingConfig.encoder, in one of the
-passes over the histories (trainer/towers.py). Nothing of
+passes over the histories (trainer/space_learning.py). Nothing of
 `validation` but its users' histories is learned from. Printed: mean AUC over impressions of `validation` of each arm
 and their paired difference, seeds averaged, with a bootstrap interval clustered by user.
 
@@ -35,23 +35,19 @@ import torch
 
 from models.bootstrap import Space, find_or_compute_space
 from models.bundle import ItemEncodings
-from models.ctr import CONSTANT_STD, CtrScorer
-from models.ctr_module import first_tensors
 from models.encoder import EncoderConfig, TextEncoder, item_text
 from models.encoder_delta import EncoderDelta
 from models.errors import LogFormatError, MillstreamError
 from models.evaluation import auc_per_impression, bootstrap_mean
 from models.examples import FeaturesRecord
-from models.features import FeatureConfig, columns
 from models.hashing import hash64
 from models.logs import LogReader, open_log
-from trainer.batches import TrainingSet, feature_moments, fit_priors, prepare, time_order
+from trainer.batches import TrainingSet
 from trainer.encodings import OutputCache, base_encodings, delta_encodings
 from trainer.finetune import StartingPoint, Trained, train
-from trainer.history import HistoryConfig, learn_histories
 from trainer.log_examples import LogConfig, LogExamples, catalogue_of, log_examples, thinned
 from trainer.scoring import ItemTable, encode_items, score
-from trainer.towers import TowerConfig, learn_towers
+from trainer.space_learning import LearnedSpace, SpaceConfig, learn_space, with_features
 from trainer.training_config import TrainingConfig
 
 F32 = npt.NDArray[np.float32]
@@ -60,10 +56,6 @@ Arm = Literal["frozen", "top", "lora"]
 Progress = Callable[[str], None]
 
 HOUR_SECONDS: Final = 3_600.0
-FIRST_SCALE: Final = 10.0
-"""s of the first scorer: a sampled softmax over 128 items needs sharper logits than a slate."""
-LEG_SEEDS: Final = 1_000
-"""Between the seeds of both passes over the histories: each draws batches of its own."""
 CACHE_BYTES: Final = 8 << 30
 
 
@@ -72,26 +64,8 @@ class Recipe:
     """What both arms do, in the order in which they do it."""
 
     max_tokens: int = 32
-    history_items: int = 100
-    """Latest items of each history that are learned from."""
-    warm: HistoryConfig = field(default_factory=lambda: HistoryConfig(steps=800, negatives=64))
-    """Space and attention, with the encoder frozen, once for both arms of a seed."""
-    towers: TowerConfig = field(default_factory=lambda: TowerConfig(steps=100))
-    """The space, with the arm's encoder."""
-    tower_rates: TrainingConfig = field(
-        default_factory=lambda: TrainingConfig(
-            learning_rate=1e-3,
-            projection_learning_rate=1e-4,
-            encoder_learning_rate=3e-4,
-            top_layers=2,
-            precision="bfloat16",
-        )
-    )
-    history: HistoryConfig = field(default_factory=lambda: HistoryConfig(steps=300, negatives=64))
-    """Space and attention, with the encoder as the towers left it."""
-    history_rates: TrainingConfig = field(
-        default_factory=lambda: TrainingConfig(learning_rate=1e-3, projection_learning_rate=1e-3)
-    )
+    space: SpaceConfig = field(default_factory=SpaceConfig)
+    """How the space is learned from histories; the second pass with the arm's encoder."""
     text_unclicked: int = 8
     text: TrainingConfig = field(
         default_factory=lambda: TrainingConfig(
@@ -156,7 +130,7 @@ def load(kind: str, path: Path, cache: Path, recipe: Recipe, unclicked_weight: f
     split_ms = _first_impression_ms(open_log(kind, path / "validation"))
     reader = open_log(kind, path)
     items = {hash64(item.item_id): item for item in reader.items()}
-    needed = _needed(reader, recipe.history_items)
+    needed = _needed(reader, recipe.space.history_items)
     texts = {h: item_text(item) for h, item in items.items() if h in needed and item_text(item)}
     encoder = TextEncoder.load(EncoderConfig(max_tokens=recipe.max_tokens, batch_texts=64, device="auto"))
     space = find_or_compute_space(encoder, cache)
@@ -168,7 +142,6 @@ def load(kind: str, path: Path, cache: Path, recipe: Recipe, unclicked_weight: f
     def replay(space: Space, encodings: ItemEncodings) -> tuple[LogExamples, LogExamples]:
         catalogue = catalogue_of(items.values(), ItemTable(space, encodings))
         made = log_examples(reader, catalogue, space.space_id, config)
-        made.histories = {user: history[-recipe.history_items :] for user, history in made.histories.items()}
         later = np.array([record.time_ms >= split_ms for record in made.records])
         return made.part(~later), made.part(later)
 
@@ -220,18 +193,6 @@ def text_only(examples: LogExamples) -> LogExamples:
     return made
 
 
-def first_scorer(examples: LogExamples, config: TrainingConfig, seed: int, dim: int) -> tuple[CtrScorer, FeatureConfig]:
-    """Return an untrained scorer whose features are standardised by ``examples``, and its feature encoding."""
-    features = fit_priors(examples.records)
-    slates = prepare(time_order(TrainingSet(examples.records, examples.labels, {})), features)
-    mean, std = feature_moments(slates, np.arange(len(slates)))
-    std = np.where(std > 1e-4 * np.maximum(1.0, np.abs(mean)), std, CONSTANT_STD)
-    shape = config.ctr_config(len(columns(features)), dim)
-    tensors = first_tensors(shape, mean.astype(np.float32), std.astype(np.float32), float(slates.labels.mean()), seed)
-    tensors["head.scale"][:] = FIRST_SCALE
-    return CtrScorer(shape, tensors), features
-
-
 class Contest:
     """Both arms, seed by seed."""
 
@@ -244,29 +205,21 @@ class Contest:
 
     def run_seed(self, seed: int, with_all: bool) -> dict[tuple[str, Arm], Outcome]:
         """Return the outcomes of both arms with one seed, by features and arm."""
-        data, recipe = self._data, self._recipe
-        scorer, features = first_scorer(self._text_train, recipe.text, seed, data.space.dim)
-        start = StartingPoint(data.space, data.encoder, None, scorer, features)
-        began = time.perf_counter()
-        warm = self._histories(start, recipe.warm, seed, f"warm-{seed}")
-        warm_seconds = time.perf_counter() - began
         outcomes: dict[tuple[str, Arm], Outcome] = {}
+        learned: LearnedSpace | None = None
         for arm in ("frozen", self._arm):
-            outcomes |= self._run_arm(seed, arm, warm, warm_seconds, with_all)
+            learned = self._space(seed, arm, learned)
+            outcomes |= self._run_arm(seed, arm, learned, with_all)
         return outcomes
 
-    def _run_arm(
-        self, seed: int, arm: Arm, warm: StartingPoint, warm_seconds: float, with_all: bool
-    ) -> dict[tuple[str, Arm], Outcome]:
-        data, recipe = self._data, self._recipe
+    def _run_arm(self, seed: int, arm: Arm, learned: LearnedSpace, with_all: bool) -> dict[tuple[str, Arm], Outcome]:
+        data, recipe, start = self._data, self._recipe, learned.start
         began = time.perf_counter()
-        start = self._towers(warm, recipe.towers, seed, arm, f"towers-{arm}-{seed}")
         # Also what the trainings with this encoder frozen find in the cache.
         encodings = self.encodings(start.delta)
-        start = self._histories(start, recipe.history, seed + LEG_SEEDS, f"history-{arm}-{seed}")
         made = self._train(self._text_train, start, self._settled(recipe.text, seed, "frozen"), f"text-{arm}-{seed}")
         aucs = self._aucs(made, encodings, self._text_validation.records)
-        seconds = warm_seconds + time.perf_counter() - began
+        seconds = sum(learned.seconds.values()) + time.perf_counter() - began
         outcomes = {("text", arm): self._outcome(f"seed {seed}, {arm}, text", made, aucs, seconds)}
         if with_all:
             began = time.perf_counter()
@@ -286,22 +239,22 @@ class Contest:
         device = {"seed": seed, "encoder": arm, "cache_bytes": CACHE_BYTES, "device": self._device}
         return config.model_copy(update=device)
 
-    def _towers(self, start: StartingPoint, towers: TowerConfig, seed: int, arm: Arm, name: str) -> StartingPoint:
-        data, began = self._data, time.perf_counter()
-        rates = self._settled(self._recipe.tower_rates, seed, arm)
-        made, losses = learn_towers(
-            data.train.histories, data.texts, start, rates, towers, new_space_id=name, cache_folder=data.cache
+    def _space(self, seed: int, arm: Arm, other: LearnedSpace | None) -> LearnedSpace:
+        """Learn the space of an arm; its first pass is that of the ``other``, which was the same."""
+        data = self._data
+        settings = {"seed": seed, "cache_bytes": CACHE_BYTES, "device": self._device}
+        made = learn_space(
+            data.train.histories,
+            data.texts,
+            StartingPoint(data.space, data.encoder),
+            self._recipe.space.settled(**settings).with_encoder(arm),
+            warm=None if other is None else other.warm,
+            cache_folder=data.cache,
         )
-        self._say(f"seed {seed}, {arm}: towers, loss {_course(losses)}, {time.perf_counter() - began:.0f} s")
-        return made
-
-    def _histories(self, start: StartingPoint, history: HistoryConfig, seed: int, name: str) -> StartingPoint:
-        data, began = self._data, time.perf_counter()
-        rates = self._settled(self._recipe.history_rates, seed, "frozen")
-        made, losses = learn_histories(
-            data.train.histories, data.texts, start, rates, history, new_space_id=name, cache_folder=data.cache
-        )
-        self._say(f"{name}: loss {_course(losses)}, {time.perf_counter() - began:.0f} s")
+        if other is not None:
+            made.seconds["warm"] = other.seconds["warm"]
+        losses = ", ".join(f"{part} {_course(values)}" for part, values in made.losses.items())
+        self._say(f"seed {seed}, {arm}: histories, loss {losses}, {sum(made.seconds.values()):.0f} s")
         return made
 
     def _train(self, examples: LogExamples, start: StartingPoint, config: TrainingConfig, name: str) -> Trained:
@@ -312,12 +265,8 @@ class Contest:
         """Train a head with what ``examples`` tell, as it is in the space of ``text``, which stays."""
         data, recipe = self._data, self._recipe
         pairs = thinned(examples, 1, recipe.pairs_per_click, seed=0)
-        first, features = first_scorer(pairs, recipe.text, seed, data.space.dim)
-        own = {"feature_mean", "feature_std", "head.features"}
-        tensors = {name: (first if name in own else text.scorer).tensors[name] for name in first.tensors}
-        tensors["head.features"] = np.zeros_like(tensors["head.features"])
-        scorer = CtrScorer(text.scorer.config, tensors)
-        start = StartingPoint(text.space, data.encoder, text.delta, scorer, features)
+        shown = TrainingSet(pairs.records, pairs.labels, data.texts)
+        start = with_features(StartingPoint(text.space, data.encoder, text.delta, text.scorer), shown)
         return self._train(pairs, start, self._settled(recipe.heads, seed, "frozen"), f"head-{seed}")
 
     def encodings(self, delta: EncoderDelta | None) -> ItemEncodings:
@@ -381,7 +330,8 @@ def main() -> None:
     torch.set_num_threads(given.threads)
     recipe = Recipe()
     if given.tower_steps:
-        recipe = replace(recipe, towers=recipe.towers.model_copy(update={"steps": given.tower_steps}))
+        towers = recipe.space.towers.model_copy(update={"steps": given.tower_steps})
+        recipe = replace(recipe, space=recipe.space.model_copy(update={"towers": towers}))
     began = time.perf_counter()
 
     def say(text: str) -> None:

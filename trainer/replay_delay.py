@@ -108,7 +108,8 @@ class Delay:
         wanted = self._config.wanted
         seen = self.examples("reading, live", False)
         scored = self._scored(seen)
-        self._learner = Learner(seen, self._items, self._schedule, head_recipe(), self._training)
+        recipe = head_recipe(from_histories=self._items.scorer is not None)
+        self._learner = Learner(seen, self._items, self._schedule, recipe, self._training)
         models = self._models(scored, "retrained" in wanted)
         clicked = self._clicked(scored)
         used: dict[Mode, Models] = {"frozen": models[:1], "live": models[:1], "retrained": models}

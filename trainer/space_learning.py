@@ -15,6 +15,7 @@ live features yet (``with_features``). A replay, the trainer and benchmarks/qual
 from __future__ import annotations
 
 import hashlib
+import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -95,8 +96,12 @@ class LearnedSpace:
 
     start: StartingPoint
     """With a scorer whose features count for nothing."""
+    warm: StartingPoint
+    """As it was after the first pass: another encoder can go on from it."""
     losses: dict[str, list[float]] = field(default_factory=dict)
     """Of each pass (``warm``, ``towers``, ``again``), the mean of every trainer.history.LOSSES_AT_ONCE steps."""
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Wall time of each pass."""
 
 
 def enough_histories(
@@ -127,13 +132,15 @@ def learn_space(
     start: StartingPoint,
     config: SpaceConfig | None = None,
     *,
+    warm: StartingPoint | None = None,
     cache_folder: Path | None = None,
     on_progress: Progress = silent,
 ) -> LearnedSpace:
     """Return a starting point whose space has learned from histories.
 
-    ``start``: where it has a scorer, that one is gone on from, the weights of its live features as they are. The
-    new space's id tells what it was learned from. Same input and seed give the same weights on a CPU.
+    ``start``: where it has a scorer, that one is gone on from, the weights of its live features as they are.
+    ``warm``: what an earlier call with the same histories and start had after its first pass, which is left out then.
+    The new space's id tells what it was learned from. Same input and seed give the same weights on a CPU.
     Raises TrainingError: "window-too-small" where ``enough_histories`` says no, "loss-not-finite".
     """
     config = config or SpaceConfig()
@@ -152,14 +159,19 @@ def learn_space(
     name = _space_id(kept, used, start, config)
     rates = config.history_rates.model_copy(update={"encoder": "frozen"})
     other = rates.model_copy(update={"seed": seed + LEG_SEEDS})
-    learned = LearnedSpace(start)
+    learned = LearnedSpace(start if warm is None else warm, start if warm is None else warm)
 
     def history(part: str, pass_: HistoryConfig, by: TrainingConfig) -> None:
+        began = time.perf_counter()
         learned.start, learned.losses[part] = learn_histories(
             kept, used, learned.start, by, pass_, new_space_id=name, cache_folder=cache_folder, on_progress=on_progress
         )
+        learned.seconds[part] = time.perf_counter() - began
 
-    history("warm", config.warm, rates)
+    if warm is None:
+        history("warm", config.warm, rates)
+        learned.warm = learned.start
+    began = time.perf_counter()
     learned.start, learned.losses["towers"] = learn_towers(
         kept,
         used,
@@ -170,6 +182,7 @@ def learn_space(
         cache_folder=cache_folder,
         on_progress=on_progress,
     )
+    learned.seconds["towers"] = time.perf_counter() - began
     history("again", config.again, other)
     return learned
 
