@@ -1,4 +1,4 @@
-"""Which encoders the encoder process needs: that of the settings, and those of the bundles that have a role.
+"""Which encoders the encoder process needs: that of the settings, those of the bundles that a role or an arm names.
 
 Follows the ``models`` topic as the worker does, and takes a pointer and a bundle as strictly. A bundle that fails
 costs its encoder alone: what is loaded goes on.
@@ -22,6 +22,7 @@ import structlog
 from models.bundle import load
 from models.errors import BundleError, EncoderError, RegistryError
 from models.hashing import hash64
+from models.manifest import BOOTSTRAP_VERSION
 from models.pointer import Pointer, PointerGuard, Role, decode
 from models.registry import Registry
 from streams.item_encoder import Encoder
@@ -33,7 +34,8 @@ log = structlog.get_logger(__name__)
 
 RANKS: Final[dict[Role, int]] = {"live": 0, "candidate": 1, "previous": 2}
 """Whose items are encoded first."""
-NO_ROLE_RANK: Final = 3
+ARM_RANK: Final = 3
+UNNAMED_RANK: Final = 4
 GUARD_FOLDER: Final = "encoder-process"
 """The worker beside this process keeps the generations that it has seen for itself."""
 RETRY_SECONDS: Final = 1.0
@@ -44,7 +46,7 @@ SETTLE_SECONDS: Final = 0.3
 LoadDelta = Callable[[Path], Encoder]
 """Load the encoder that a bundle's folder ``encoder/`` makes; raises EncoderError."""
 Key = tuple[str, str]
-"""Version and manifest: what tells bundles apart."""
+"""Version and manifest: what tells bundles apart. The manifest is empty where an arm's settings name the version."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -82,7 +84,7 @@ class _Retry:
 
 
 class EncoderModels:
-    """The loaded encoders, by id, as the roles need them: at most one for each role beside that of the settings."""
+    """The loaded encoders, by id, as roles and arms need them: at most one for each beside that of the settings."""
 
     def __init__(
         self,
@@ -104,6 +106,7 @@ class EncoderModels:
         self._guard: PointerGuard | None = None
         self._unread: list[Record] = []
         self._wanted: dict[Role, Pointer] = {}
+        self._arms: tuple[Key, ...] = tuple((v, "") for v in settings.recommender.experiment.bundles)
         self._foreign: set[bytes] = set()
         """Keys of roles of other names that something has: their encoders are not known here."""
         self._known: dict[Key, Known] = {}
@@ -117,12 +120,21 @@ class EncoderModels:
             tasks.create_task(self.mirror.run(), name="mirror-models")
             tasks.create_task(self.follow(), name="follow-models")
 
+    def name_arms(self, versions: Sequence[str]) -> None:
+        """Load what these versions need from now on too, which arms of an experiment name; refused ones again."""
+        self._arms = tuple((version, "") for version in versions)
+        self._refused -= set(self._arms)
+        for key in self._arms:
+            self._retries.pop(key, None)
+        self._news.set()
+
     def rank(self, encoder_id: str) -> int:
         """Return whose items go first: those of the live encoder have the lowest rank."""
-        ranks = [RANKS[role] for role, pointer in self._wanted.items() if self._encoder_of(pointer) == encoder_id]
         if "live" not in self._wanted and encoder_id == self.base.encoder_id:
             return RANKS["live"]
-        return min(ranks, default=NO_ROLE_RANK)
+        ranks = [RANKS[role] for role, pointer in self._wanted.items() if self._encoder_of(_key(pointer)) == encoder_id]
+        ranks += [ARM_RANK for key in self._arms if self._encoder_of(key) == encoder_id]
+        return min(ranks, default=UNNAMED_RANK)
 
     def named(self) -> set[str] | None:
         """Return the ids of encoders that may be needed; None while it is not known of which one a role's bundle is.
@@ -132,17 +144,17 @@ class EncoderModels:
         """
         if not self.mirror.caught_up.is_set() or self._unread or self._foreign:
             return None
-        ids = {self._encoder_of(pointer) for pointer in self._wanted.values()}
+        ids = {self._encoder_of(key) for key in self._keys()}
         found = {encoder_id for encoder_id in ids if encoder_id is not None} | {self.base.encoder_id}
         return None if None in ids else found
 
     def bundles_of(self, encoder_id: str) -> frozenset[Key]:
-        """Return the bundles with a role that need an encoder."""
-        keys = {_key(pointer) for pointer in self._wanted.values()}
-        return frozenset(key for key in keys if key in self._known and self._known[key].encoder_id == encoder_id)
+        """Return the bundles that a role or an arm names and that need an encoder."""
+        known = ((key, self._known.get(key)) for key in self._keys())
+        return frozenset(key for key, bundle in known if bundle is not None and bundle.encoder_id == encoder_id)
 
     def is_brought(self, encoder_id: str, item_id: str, hashed: int) -> bool:
-        """Tell whether every bundle with a role that needs an encoder brings the encoding of an item's text.
+        """Tell whether every named bundle that needs an encoder brings the encoding of an item's text.
 
         One that does not bring it needs it on the topic: it may be the first that a worker loads.
         """
@@ -197,11 +209,16 @@ class EncoderModels:
             is_held = True
         (self._foreign.add if is_held else self._foreign.discard)(key)
 
-    def _encoder_of(self, pointer: Pointer) -> str | None:
-        """Return the id of the encoder that a pointer's bundle needs, None where it is not known."""
-        if pointer.is_bootstrap:
+    def _keys(self) -> list[Key]:
+        """Return the bundles that are named: by roles, the live one first, then by arms."""
+        roles = [_key(self._wanted[role]) for role in RANKS if role in self._wanted]
+        return list(dict.fromkeys([*roles, *self._arms]))
+
+    def _encoder_of(self, key: Key) -> str | None:
+        """Return the id of the encoder that a bundle needs, None where it is not known."""
+        if key[0] == BOOTSTRAP_VERSION:
             return self.base.encoder_id
-        known = self._known.get(_key(pointer))
+        known = self._known.get(key)
         return known.encoder_id if known else None
 
     # -- bundles -------------------------------------------------------------------------------------------------
@@ -213,17 +230,17 @@ class EncoderModels:
             self._news.clear()
             self._read_pointers()
             self._drop()
-            pointer = self._next()
-            if pointer is not None:
-                await self._try(pointer)
+            key = self._next()
+            if key is not None:
+                await self._try(key)
                 continue
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._news.wait(), self._seconds_to_retry())
                 await asyncio.sleep(SETTLE_SECONDS)
 
     def _drop(self) -> None:
-        """Let go what no role names any more, before anything else is loaded."""
-        keys = {_key(pointer) for pointer in self._wanted.values()}
+        """Let go what nothing names any more, before anything else is loaded."""
+        keys = set(self._keys())
         self._known = {key: known for key, known in self._known.items() if key in keys}
         self._refused &= keys
         self._retries = {key: retry for key, retry in self._retries.items() if key in keys}
@@ -234,17 +251,14 @@ class EncoderModels:
             log.info("encoder_dropped", encoder=encoder_id)
         self.changed.set()
 
-    def _next(self) -> Pointer | None:
-        """Return the pointer whose bundle is to be read next, the live one first."""
+    def _next(self) -> Key | None:
+        """Return the bundle that is to be read next, the live one first."""
         now = time.monotonic()
-        for role in RANKS:
-            pointer = self._wanted.get(role)
-            if pointer is None or pointer.is_bootstrap:
-                continue
-            key = _key(pointer)
+        for key in self._keys():
             retry = self._retries.get(key)
-            if key not in self._known and key not in self._refused and (retry is None or retry.at <= now):
-                return pointer
+            is_open = key[0] != BOOTSTRAP_VERSION and key not in self._known and key not in self._refused
+            if is_open and (retry is None or retry.at <= now):
+                return key
         return None
 
     def _seconds_to_retry(self) -> float | None:
@@ -252,29 +266,29 @@ class EncoderModels:
         waits += [RETRY_SECONDS] if self._unread else []
         return max(0.01, min(waits)) if waits else None
 
-    async def _try(self, pointer: Pointer) -> None:
-        key = _key(pointer)
+    async def _try(self, key: Key) -> None:
+        version = key[0]
         # A thread of its own: a fetch that hangs stands before no other one, nor before what else uses threads.
         executor = ThreadPoolExecutor(1, "encoder-preparation")
         try:
             # A time-out is an OSError: asked again like any registry that is not reached.
             async with asyncio.timeout(self._settings.models.fetch_timeout_seconds):
-                known, encoder = await asyncio.get_running_loop().run_in_executor(executor, self._read, pointer)
+                known, encoder = await asyncio.get_running_loop().run_in_executor(executor, self._read, key)
         except (RegistryError, OSError) as error:
-            retry = self._retries.setdefault(key, _Retry())
-            seconds = min(RETRY_MAX_SECONDS, RETRY_SECONDS * 2**retry.attempts)
-            retry.attempts += 1
-            retry.at = time.monotonic() + seconds
-            log.warning("bundle_unreachable", version=pointer.version, retry_seconds=seconds, error=repr(error))
+            log.warning("bundle_unreachable", version=version, retry_seconds=self._try_later(key), error=repr(error))
             return
         except (BundleError, EncoderError) as error:
             reason = error.reason if isinstance(error, BundleError) else "encoder"
-            log.error("encoder_refused", version=pointer.version, reason=reason, error=str(error))
+            if key in self._arms and reason == "not-in-registry":
+                # No pointer will tell when it is published.
+                log.warning("bundle_not_published", version=version, retry_seconds=self._try_later(key))
+                return
+            log.error("encoder_refused", version=version, reason=reason, error=str(error))
             self._refuse(key, reason)
             return
         except Exception:
             # A bundle must not cost the encoders that work their process.
-            log.exception("encoder_not_loaded", version=pointer.version)
+            log.exception("encoder_not_loaded", version=version)
             self._refuse(key, "unexpected")
             return
         finally:
@@ -283,33 +297,40 @@ class EncoderModels:
         self._known[key] = known
         if encoder is not None:
             self.encoders = {**self.encoders, encoder.encoder_id: encoder}
-            log.info("encoder_loaded", encoder=encoder.encoder_id, version=pointer.version, role=pointer.role)
+            log.info("encoder_loaded", encoder=encoder.encoder_id, version=version, rank=self.rank(encoder.encoder_id))
         self.changed.set()
+
+    def _try_later(self, key: Key) -> float:
+        """Have a bundle asked for again; return in how many seconds."""
+        retry = self._retries.setdefault(key, _Retry())
+        seconds = min(RETRY_MAX_SECONDS, RETRY_SECONDS * 2**retry.attempts)
+        retry.attempts += 1
+        retry.at = time.monotonic() + seconds
+        return seconds
 
     def _refuse(self, key: Key, reason: str) -> None:
         self._on_refused(reason)
         self._refused.add(key)
 
-    def _read(self, pointer: Pointer) -> tuple[Known, Encoder | None]:
+    def _read(self, key: Key) -> tuple[Known, Encoder | None]:
         """Return what a bundle needs, and its encoder where that one is not loaded yet."""
         models = self._settings.models
-        folder = self._registry.fetch(pointer.version, models.cache_folder, manifest_sha256=pointer.manifest_sha256)
-        bundle = load(
-            folder, models.trusted(), manifest_sha256=pointer.manifest_sha256, max_bytes=models.max_bundle_bytes
-        )
+        version, sha256 = key[0], key[1] or None
+        folder = self._registry.fetch(version, models.cache_folder, manifest_sha256=sha256)
+        bundle = load(folder, models.trusted(), manifest_sha256=sha256, max_bytes=models.max_bundle_bytes)
         encoder_id, encodings = bundle.manifest.encoder_id, bundle.encodings
         brought = None if encodings is None else Brought.of(encodings.items, encodings.contents)
         if encoder_id in self.encoders:
             return Known(encoder_id, brought), None
         if bundle.encoder_folder is None:
             raise EncoderError(
-                f"bundle {pointer.version} needs the encoder {encoder_id!r} and brings none; encoder.model gives "
+                f"bundle {version} needs the encoder {encoder_id!r} and brings none; encoder.model gives "
                 f"{self.base.encoder_id!r}: set it to the one that the bundle was trained with"
             )
         encoder = self._load_delta(bundle.encoder_folder)
         if encoder.encoder_id != encoder_id:
             raise EncoderError(
-                f"the delta of bundle {pointer.version} makes {encoder.encoder_id!r}, its manifest says {encoder_id!r}"
+                f"the delta of bundle {version} makes {encoder.encoder_id!r}, its manifest says {encoder_id!r}"
             )
         return Known(encoder_id, brought), encoder
 

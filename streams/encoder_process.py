@@ -4,8 +4,8 @@ Consumes ``items`` in a group of its own, so that each item is encoded by one pr
 ``item-vectors``. Answers the worker's questions (queries, profiles) first. An encoding batch can never stand before a
 slate: this process has the lowest priority that the system gives, and the worker does not wait for it.
 
-Where a bundle with a role brings another encoder, that one is loaded too, and the items that it has not encoded yet
-are encoded under its id: those of the live bundle first.
+Where a bundle that a role or an arm of the experiment names brings another encoder, that one is loaded too, and the
+items that it has not encoded yet are encoded under its id: those of the live bundle first.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ from streams.mirror import Mirror
 from streams.parent import die_with_parent, is_orphan, supervisor_pid
 from streams.query_protocol import Answer, Ask
 from streams.sender import Sender
-from streams.settings import Settings, load
+from streams.settings import Settings, file_in_force, load
+from streams.settings_watch import SettingsWatch
 from streams.topics import TopicNames
 
 log = structlog.get_logger(__name__)
@@ -172,6 +173,11 @@ async def run(settings: Settings, encoder: Encoder, load_delta: LoadDelta | None
         lambda reason: metrics.refused.labels(reason).inc(),
     )
     metrics.loaded.set_function(lambda: len(models.encoders))
+
+    async def name_arms(changed: Settings) -> None:
+        models.name_arms(changed.recommender.experiment.bundles)
+
+    settings_watch = SettingsWatch(settings, file_in_force(), name_arms, metrics.registry)
     producer = new_producer(settings)
     health = HealthServer(
         settings.worker.host,
@@ -192,6 +198,7 @@ async def run(settings: Settings, encoder: Encoder, load_delta: LoadDelta | None
             tasks.create_task(QueryServer(settings.worker.data_folder, models, queue).run(), name="query-server")
             tasks.create_task(mirror.run(all_partitions=False), name="mirror-item-vectors")
             tasks.create_task(models.run(), name="models")
+            tasks.create_task(settings_watch.run(), name="settings")
             tasks.create_task(lanes.run(), name="lanes")
             tasks.create_task(forgetting.run(), name="forget-encodings")
             tasks.create_task(_watch_parent(supervisor_pid()), name="watch-parent")

@@ -22,6 +22,7 @@ from models.hashing import hash64
 from models.pointer import Pointer, Role
 from models.registry import Registry
 from models.signing import PrivateKey
+from streams import encoder_models
 from streams.encoder_models import Brought, EncoderModels, lanes_of
 from streams.settings import Settings
 from tests.models.bundles import BASE_DIM, write
@@ -138,7 +139,7 @@ async def test_the_encoder_of_each_role_is_loaded_and_ranked_live_first(stage: S
     async with stage.following(stage.pointer("candidate", "v2"), stage.pointer("live", "v1")) as models:
         await until(models, lambda: len(models.encoders) == 3)
         assert stage.loads == [one.encoder_id, two.encoder_id]
-        assert [models.rank(e) for e in (one.encoder_id, two.encoder_id, BASE)] == [0, 1, 3]
+        assert [models.rank(e) for e in (one.encoder_id, two.encoder_id, BASE)] == [0, 1, 4]
         assert models.named() == {BASE, one.encoder_id, two.encoder_id}
 
 
@@ -195,7 +196,7 @@ async def test_back_on_the_bootstrap_its_items_go_first_again(stage: Stage) -> N
     one = stage.delta(1)
     stage.publish("v1", one)
     async with stage.following(stage.pointer("live", "v1")) as models:
-        await until(models, lambda: models.rank(BASE) == 3)
+        await until(models, lambda: models.rank(BASE) == 4)
         models.apply([stage.pointer("live", "bootstrap-0"), stage.pointer("previous", "v1")])
         await until(models, lambda: models.rank(BASE) == 0)
         assert models.rank(one.encoder_id) == 2
@@ -356,3 +357,54 @@ async def _eventually(condition: Callable[[], bool]) -> bool:
             while not condition():  # noqa: ASYNC110 - a refusal sets no event
                 await asyncio.sleep(0.01)
     return condition()
+
+
+async def test_the_encoder_of_a_bundle_that_an_arm_names_is_loaded_after_those_of_roles(stage: Stage) -> None:
+    one, two = stage.delta(1), stage.delta(2)
+    stage.publish("v1", one)
+    stage.publish("v2", two)
+    async with stage.following(stage.pointer("previous", "v2")) as models:
+        models.name_arms(["v1"])
+        await until(models, lambda: len(models.encoders) == 3)
+        assert stage.loads == [two.encoder_id, one.encoder_id]
+        assert [models.rank(e) for e in (two.encoder_id, one.encoder_id)] == [2, 3]
+        assert lanes_of(models)[one.encoder_id] == {("v1", "")}
+        assert models.named() == {BASE, one.encoder_id, two.encoder_id}
+
+
+async def test_the_encoder_of_a_bundle_that_no_arm_names_any_more_is_dropped(stage: Stage) -> None:
+    stage.publish("v1", stage.delta(1))
+    async with stage.following() as models:
+        models.name_arms(["v1"])
+        await until(models, lambda: len(models.encoders) == 2)
+        models.name_arms([])
+        await until(models, lambda: set(models.encoders) == {BASE})
+        assert models.named() == {BASE}
+
+
+async def test_a_bundle_of_an_arm_that_is_published_later_has_its_encoder_loaded_then(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(encoder_models, "RETRY_SECONDS", 0.01)
+    stage.publish("v0", None)
+    async with stage.following() as models:
+        models.name_arms(["v1"])
+        await until(models, lambda: models.named() is None)
+        stage.publish("v1", stage.delta(1))
+        await until(models, lambda: len(models.encoders) == 2)
+        assert stage.refusals == []
+
+
+async def test_an_unsigned_bundle_of_an_arm_loads_no_encoder(tmp_path: Path) -> None:
+    stage = Stage(tmp_path, public_key=PrivateKey.generate().public.text)
+    stage.publish("v1", stage.delta(1))
+    async with stage.following() as models:
+        models.name_arms(["v1"])
+        await asyncio.wait_for(_until_refused(stage), 20)
+        assert stage.refusals == ["unsigned"]
+        assert set(models.encoders) == {BASE}
+
+
+async def _until_refused(stage: Stage) -> None:
+    while not stage.refusals:  # noqa: ASYNC110 - a refusal is no event here
+        await asyncio.sleep(0.01)
