@@ -31,6 +31,7 @@ from models.counters import CountersConfig, ItemCounters, TouchBatch
 from models.ctr import CtrScorer
 from models.events import Action, ImpressedItem, Impression, Item
 from models.features import FeatureConfig
+from models.hashing import hash64
 from models.item_index import ItemIndex
 from models.recommender import Recommender, RecommenderConfig, SlateRequest, SurfaceConfig
 from models.retrieval import RetrievalConfig, VectorIndex
@@ -42,6 +43,8 @@ CLUSTERS = 400
 NOW_MS = 1_700_000_000_000
 CLICKS_A_USER = 10
 ALL = "all"
+SPACE = "benchmark"
+"""One for all: rows of another space are made anew from their recent items when they are read."""
 
 
 def build(items: int, users: int, exact: bool) -> tuple[Recommender, Rows, Catalogue, VectorIndex]:
@@ -82,10 +85,10 @@ def build(items: int, users: int, exact: bool) -> tuple[Recommender, Rows, Catal
             events.append(user_event(event, user, offset, at_ms, state, ["default"]))
             batch.add_event(event, offset, at_ms, counters.config)
     counters.add(0, batch)
-    rows, _ = apply(empty_rows(users), events, catalogue, state, epoch=1, space_id=1, generation=1)
+    rows, _ = apply(empty_rows(users), events, catalogue, state, epoch=1, space_id=hash64(SPACE), generation=1)
     surfaces = {"default": SurfaceConfig(), ALL: SurfaceConfig.model_validate(SURFACE)}
     config = RecommenderConfig(surfaces=surfaces)
-    recommender = Recommender(config, catalogue, counters, vectors, users=UserReader(state, catalogue, 1))
+    recommender = Recommender(config, catalogue, counters, vectors, users=UserReader(state, catalogue, hash64(SPACE)))
     return recommender, rows, catalogue, vectors
 
 
@@ -118,7 +121,7 @@ def model(catalogue: Catalogue, vectors: VectorIndex) -> ServingModel:
     return ServingModel(
         version="benchmark",
         generation=1,
-        space=Space("benchmark", "none", np.eye(DIM, dtype=np.float32)),
+        space=Space(SPACE, "none", np.eye(DIM, dtype=np.float32)),
         scorer=CtrScorer(config, random_tensors(config, 1)),
         features=FeatureConfig(),
         vectors=catalogue.space_vectors,

@@ -166,7 +166,7 @@ async def _until(worker: WorkerProcess, wanted: int, kind: str, readings: list[t
 async def _stages(worker: WorkerProcess) -> str:
     """Return where a micro-batch's time goes, by the worker's histograms since its start."""
     parts = []
-    for name in ("decode", "update", "features", "rank", "send"):
+    for name in ("decode", "update", "features", "retrieve", "rank", "send"):
         seconds = await worker.metric("millstream_stage_seconds_sum", stage=name)
         batches = await worker.metric("millstream_stage_seconds_count", stage=name)
         if batches:

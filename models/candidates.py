@@ -289,24 +289,47 @@ def merge(
 
 
 def pin(pool: Pool, pinned: I32, refused: Bools, source: int = PINNED) -> None:
-    """Put the pinned rows [B, P] that are not refused [B, P] into the pool, instead of its last ones if it is full."""
-    for b, (rows, gone) in enumerate(zip(pinned.tolist(), refused.tolist(), strict=True)):
-        wanted = [row for row, out in zip(rows, gone, strict=True) if not out][: pool.rows.shape[1]]
-        if not wanted:
-            continue
-        held = pool.rows[b].tolist()
-        at = {row: column for column, row in enumerate(held) if row >= 0}
-        places = [at[row] for row in wanted if row in at]
-        missing = [row for row in wanted if row not in at]
-        if missing:
-            taken = set(places)
-            spare = [column for column in range(len(held)) if column not in taken]
-            # Free places first, from the front; then those of the last candidates.
-            free = [column for column in spare if held[column] < 0]
-            spare = (free + [column for column in reversed(spare) if held[column] >= 0])[: len(missing)]
-            pool.rows[b, spare] = missing
-            places += spare
-        pool.sources[b, places] = source
+    """Put the pinned rows [B, P] that are not refused [B, P] into the pool, instead of its last ones if it is full.
+
+    A request's pinned rows are different ones; what has no place in its pool is left out.
+    """
+    width = pool.rows.shape[1]
+    wanted = ~refused
+    wanted &= np.cumsum(wanted, axis=1) <= width
+    if not wanted.any():
+        return
+    same = (pool.rows[:, None, :] == pinned[:, :, None]) & wanted[:, :, None]
+    taken = same.any(axis=1)
+    missing = wanted & ~same.any(axis=2)
+    every, column = np.arange(len(pinned)), np.arange(width)
+    for p in np.flatnonzero(missing.any(axis=0)).tolist():
+        # Free places first, from the front; then those of the last candidates.
+        worth = np.where(pool.rows < 0, 2 * width - column, column)
+        worth[taken] = -1
+        best = worth.argmax(axis=1)
+        at = np.flatnonzero(missing[:, p] & (worth[every, best] >= 0))
+        pool.rows[at, best[at]] = pinned[at, p]
+        taken[at, best[at]] = True
+    pool.sources[taken] = source
+
+
+def places_of(rows: I32, wanted: I32) -> tuple[npt.NDArray[np.int64], Bools]:
+    """Return in which column of rows [B, C] each wanted row [B, P] stands, int64 [B, P], and whether it does at all."""
+    same = rows[:, None, :] == wanted[:, :, None]
+    return same.argmax(axis=2), same.any(axis=2) & (wanted >= 0)
+
+
+def without(
+    columns: npt.NDArray[np.int64], counts: npt.NDArray[np.int64], taken: npt.NDArray[np.int64], there: Bools
+) -> Bools:
+    """Tell which of the first ``counts`` [B] columns [B, K] are none of ``taken`` [B, P] where ``there`` [B, P]."""
+    among = (columns[:, :, None] == np.where(there, taken, -1)[:, None, :]).any(axis=2)
+    return (np.arange(columns.shape[1]) < counts[:, None]) & ~among
+
+
+def packed(values: npt.NDArray[np.int64], kept: Bools) -> npt.NDArray[np.int64]:
+    """Return the kept values [B, K] in their order at the front, the others behind them."""
+    return np.take_along_axis(values, np.argsort(~kept, axis=1, kind="stable"), axis=1)
 
 
 def pinned_first(columns: npt.NDArray[np.int64], counts: npt.NDArray[np.int64], pool: Pool, pinned: I32) -> None:
@@ -314,10 +337,11 @@ def pinned_first(columns: npt.NDArray[np.int64], counts: npt.NDArray[np.int64], 
 
     ``counts`` [B]: how many columns count; as many do afterwards.
     """
-    for b, rows in enumerate(pinned.tolist()):
-        at = [int(place[0]) for row in rows if row >= 0 and len(place := np.flatnonzero(pool.rows[b] == row))]
-        rest = [column for column in columns[b, : counts[b]].tolist() if column not in at]
-        columns[b, : counts[b]] = (at + rest)[: counts[b]]
+    at, there = places_of(pool.rows, pinned)
+    kept = np.concatenate([there, without(columns, counts, at, there)], axis=1)
+    front = packed(np.concatenate([at, columns], axis=1), kept)[:, : columns.shape[1]]
+    counted = np.arange(columns.shape[1]) < counts[:, None]
+    columns[counted] = front[counted]
 
 
 def _first_of_each(rows: npt.NDArray[np.int64], sources: I8, gone: Bools, width: int) -> Pool:

@@ -91,12 +91,13 @@ def diverse(
     penalised = ordered < -UNWANTED_PENALTY / 2
     relevance = _relevance(ordered, open_ & ~penalised)
     behind = np.where(penalised, UNWANTED_PENALTY, np.float32(0))
-    near = np.take_along_axis(vectors, order[:, :, None], axis=1)
+    every = np.arange(batch)
+    # Whole vectors at once: take_along_axis would look up each of their numbers.
+    near = vectors[every[:, None], order]
     kinds = np.take_along_axis(categories, order, axis=1)
     used = np.zeros((batch, reach), np.int32)
     likeness = np.zeros((batch, reach), np.float32)
     chosen = np.zeros((batch, min(k, reach)), np.int64)
-    every = np.arange(batch)
     strength = np.float32(config.sameness)
     for place in range(chosen.shape[1]):
         value = (1 - strength) * relevance - strength * likeness - behind

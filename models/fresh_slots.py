@@ -12,11 +12,12 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from models.candidates import packed, places_of, without
 from models.catalogue import Catalogue
 from models.counter_events import CLICKS, IMPRESSIONS
 from models.counters import ItemCounters
 from models.events import MAX_K, ExplorationDraw
-from models.exploration import mixed
+from models.exploration import U64, mixed
 from models.ranking import F32, I32, Bools
 
 NOT_DRAWN: Final = -1
@@ -86,22 +87,27 @@ class FreshPool:
         """
         slots = min(slots, int(allowed.sum()))
         here = allowed[self.orders]
-        place = np.cumsum(here, axis=1, dtype=np.int16)
-        drawn = np.empty((len(self.orders), slots), np.int16)
+        every = np.arange(len(here))
+        drawn = np.empty((len(here), slots), np.int16)
         for j in range(slots):
-            column = (here & (place == j + 1)).argmax(axis=1)
-            drawn[:, j] = np.take_along_axis(self.orders, column[:, None], axis=1)[:, 0]
+            column = here.argmax(axis=1)
+            drawn[:, j] = self.orders[every, column]
+            here[every, column] = False
         return drawn
 
-    def draw(self, seed: int, tables: npt.NDArray[np.int16]) -> tuple[I32, F32]:
-        """Return the rows drawn for the slots of one request, int32 [≤ J], and their propensities.
+    def draw(self, seeds: U64, tables: npt.NDArray[np.int16]) -> tuple[I32, F32]:
+        """Return the rows drawn for the slots of each request, int32 [n, ≤ J], and their propensities.
 
-        ``seed`` picks one of the N draws, each as likely, so P(item i in slot j) is the share of the N draws in which
-        i is the j-th of the allowed ones. No estimate of another probability: given the N draws, this is the
+        A seed, uint64 [n], picks one of the N draws, each as likely, so P(item i in slot j) is the share of the N draws
+        in which i is the j-th of the allowed ones. No estimate of another probability: given the N draws, this is the
         probability with which the item was chosen, and it is never 0.
         """
-        mine = tables[int(mixed(np.array([seed], np.uint64))[0] % np.uint64(len(tables)))]
-        return self.rows[mine], (tables == mine).mean(axis=0).astype(np.float32)
+        mine = tables[(mixed(seeds) % np.uint64(len(tables))).astype(np.intp)]
+        chances = np.empty(mine.shape, np.float32)
+        for j in range(mine.shape[1]):
+            times = np.bincount(tables[:, j], minlength=len(self.rows))
+            chances[:, j] = (times / len(tables))[mine[:, j]]
+        return self.rows[mine], chances
 
 
 @dataclass(slots=True)
@@ -133,19 +139,21 @@ def draw_slots(
         return None
     shape = len(seeds), len(config.slots)
     drawn = Drawn(np.full(shape, NOT_DRAWN, np.int32), np.full(shape, np.nan, np.float32), [[] for _ in seeds], config)
-    known: dict[tuple[bytes, int], npt.NDArray[np.int16]] = {}
+    # Most users may be shown the whole pool: one table does for all of them.
+    alike: dict[tuple[bytes, int], list[int]] = {}
     for b, seed in enumerate(seeds):
         slots = sum(slot <= ks[b] for slot in config.slots)
-        if seed is None or not slots:
-            continue
-        # Most users may be shown the whole pool: one table does for all of them.
-        key = allowed[b].tobytes(), slots
-        if key not in known:
-            known[key] = pool.tables(allowed[b], slots)
-        rows, chances = pool.draw(seed, known[key])
-        drawn.rows[b, : len(rows)] = rows
-        drawn.propensities[b, : len(rows)] = chances
-        drawn.pool[b] = [item_id for item_id, may in zip(ids, allowed[b].tolist(), strict=True) if may]
+        if seed is not None and slots:
+            alike.setdefault((allowed[b].tobytes(), slots), []).append(b)
+    for (_, slots), members in alike.items():
+        may = allowed[members[0]]
+        given = np.array([seeds[b] for b in members], np.uint64)
+        rows, chances = pool.draw(given, pool.tables(may, slots))
+        drawn.rows[members, : rows.shape[1]] = rows
+        drawn.propensities[members, : rows.shape[1]] = chances
+        known = [item_id for item_id, there in zip(ids, may.tolist(), strict=True) if there]
+        for b in members:
+            drawn.pool[b] = known
     return drawn
 
 
@@ -162,17 +170,27 @@ def place(
     An item that ranking chose too stands in its drawn slot alone. ``propensities`` [B, K] get those of the slots.
     Where a slate ends before a slot, the item stands at its end.
     """
-    for b, rows in enumerate(drawn.rows.tolist()):
-        at = [int(np.flatnonzero(pool_rows[b] == row)[0]) for row in rows if row >= 0]
-        if not at:
-            continue
-        rest = [column for column in columns[b, : counts[b]].tolist() if column not in at]
-        slate, chances = list(rest), [float("nan")] * len(rest)
-        for slot, column, chance in zip(drawn.config.slots, at, drawn.propensities[b].tolist(), strict=False):
-            slate.insert(slot - 1, column)
-            chances.insert(slot - 1, chance)
-        k = min(int(ks[b]), columns.shape[1])
-        # Ranked items give way at the end, drawn ones do not: their slots lie within the slate.
-        columns[b, : min(k, len(slate))] = slate[:k]
-        propensities[b, : min(k, len(slate))] = chances[:k]
-        counts[b] = min(k, len(slate))
+    width = columns.shape[1]
+    if not width:
+        return
+    at, there = places_of(pool_rows, drawn.rows)
+    kept = without(columns, counts, at, there)
+    ranked = kept.sum(axis=1)
+    # Slots rise: what is put in later moves nothing that was put in before.
+    before = np.cumsum(there, axis=1) - there
+    slot = np.minimum(np.array(drawn.config.slots) - 1, ranked[:, None] + before)
+    slate = np.zeros((len(columns), width + len(drawn.config.slots)), np.int64)
+    chances = np.full(slate.shape, np.nan, np.float32)
+    requests, turns = np.nonzero(there)
+    is_drawn = np.zeros(slate.shape, np.bool_)
+    is_drawn[requests, slot[requests, turns]] = True
+    turn_of_rest = np.minimum(np.cumsum(~is_drawn, axis=1) - 1, width - 1)
+    slate[:] = np.take_along_axis(packed(columns, kept), np.maximum(turn_of_rest, 0), axis=1)
+    slate[requests, slot[requests, turns]] = at[requests, turns]
+    chances[requests, slot[requests, turns]] = drawn.propensities[requests, turns]
+    # Ranked items give way at the end, drawn ones do not: their slots lie within the slate.
+    changed = there.any(axis=1)
+    counts[changed] = np.minimum(np.minimum(ks, width), ranked + there.sum(axis=1))[changed]
+    written = changed[:, None] & (np.arange(width) < counts[:, None])
+    columns[written] = slate[:, :width][written]
+    propensities[written] = chances[:, :width][written]

@@ -84,10 +84,10 @@ def test_the_chance_of_the_first_slot_is_that_of_the_greatest_posterior_rate() -
     pool = FreshPool.build(catalogue, counters, rows, FreshSlots(slots=(1, 2), draws=10_000), NOW_MS)
     chances = {}
     tables = pool.tables(np.ones(4, np.bool_), 2)
-    for seed in range(200):
-        drawn, found = pool.draw(seed, tables)
-        assert len(set(drawn.tolist())) == 2
-        chances[drawn.tolist()[1]] = found.tolist()[1]
+    drawn, found = pool.draw(np.arange(200, dtype=np.uint64), tables)
+    for rows, propensities in zip(drawn.tolist(), found.tolist(), strict=True):
+        assert len(set(rows)) == 2
+        chances[rows[1]] = propensities[1]
     assert chances == {row: pytest.approx(0.25, abs=0.02) for row in range(4)}
 
 
