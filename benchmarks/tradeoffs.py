@@ -334,7 +334,8 @@ def measure(args: argparse.Namespace, cache: Path, show: Show) -> list[Row]:
     schedule = Schedule.of(
         survey.start_ms, delay, config.user_state, config.warm_up_share, config.unclicked_weight, config.seed
     )
-    model = Learner(examples, items, schedule, head_recipe(), lambda step, done, of: show(step, done, of)).first()
+    recipe = head_recipe(from_histories=items.scorer is not None)
+    model = Learner(examples, items, schedule, recipe, lambda step, done, of: show(step, done, of)).first()
     taken = sampled(examples, survey, args.slates)
     if not taken:
         raise ReplayError("no impression of the scored part has a click: there is nothing to make slates for")
