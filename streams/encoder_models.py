@@ -303,7 +303,7 @@ class EncoderModels:
     def _try_later(self, key: Key) -> float:
         """Have a bundle asked for again; return in how many seconds."""
         retry = self._retries.setdefault(key, _Retry())
-        seconds = min(RETRY_MAX_SECONDS, RETRY_SECONDS * 2**retry.attempts)
+        seconds: float = min(RETRY_MAX_SECONDS, RETRY_SECONDS * 2**retry.attempts)
         retry.attempts += 1
         retry.at = time.monotonic() + seconds
         return seconds

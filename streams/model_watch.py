@@ -371,7 +371,7 @@ class ModelWatch:
     def _try_later(self, target: Target) -> float:
         """Have a version asked for again; return in how many seconds."""
         retry = self._state.retries.setdefault(target.key, Retry())
-        seconds = min(RETRY_MAX_SECONDS, RETRY_SECONDS * 2**retry.attempts)
+        seconds: float = min(RETRY_MAX_SECONDS, RETRY_SECONDS * 2**retry.attempts)
         retry.attempts += 1
         retry.at = time.monotonic() + seconds
         return seconds

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from streams import model_tools
 from tests.integration.announcer import Announcer, bundle_contents, ctr_of, damage
 from tests.integration.conftest import SettingsWith, wait_until
 from tests.integration.workers import WorkerProcess, World, now_ms, record, world
@@ -110,5 +111,8 @@ async def test_two_arms_with_two_bundles_are_scored_by_them_and_by_the_live_one_
         third = await versions_by_arm(on, "third")
         assert third["heads/far"] == said(5, space_id)
         assert third["heads/near"] == third["heads/control"] == said(3, space_id)
+        # v1 and v2 are named by nothing any more; v4 is named, though it is refused.
+        collected = await model_tools.collect(on.settings, keep=0, dry_run=True)
+        assert (set(collected.kept), set(collected.removed)) == ({"v3", "v4", "v5"}, {"v1", "v2"})
         assert worker.returncode is None
         assert await worker.metric("millstream_processing_errors_total") == 0
