@@ -50,7 +50,7 @@ async def versions_by_arm(on: World, group: str) -> dict[str, set[tuple[str, str
 
     await wait_until(all_there, 90, "every user has the slate that they asked for", every_seconds=0.2)
     assert not any(slate["degraded"] for slate in found)
-    told = defaultdict(set)
+    told: defaultdict[str, set[tuple[str, str, float]]] = defaultdict(set)
     for slate in found:
         ctrs = {round(item["ctr"], 5) for item in slate["items"]}
         told[slate["experiment"]] |= {(slate["model_version"], slate["space_id"], ctr) for ctr in ctrs}
