@@ -16,11 +16,14 @@ import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
+from multiprocessing import connection
 from pathlib import Path
 from queue import Empty
+from threading import Thread
 from typing import Any, Final, Self
 
 import numpy as np
@@ -212,6 +215,11 @@ def _in_processes(work: list[Work], jobs: int, show: Show) -> list[ModeResult]:
                 _tell(news, show)
                 for future in done:
                     results += future.result()
+        except BrokenProcessPool:
+            raise ReplayError(
+                "the process of a feedback delay was killed, most likely for want of memory; nothing was written: run "
+                "fewer at once (--jobs 1), or fewer slates"
+            ) from None
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
@@ -236,6 +244,15 @@ def _begin(news: Any) -> None:
     global _news
     _news = news
     torch.set_num_threads(1)
+    Thread(target=_end_with_the_parent, daemon=True).start()
+
+
+def _end_with_the_parent() -> None:
+    """End this process when the replay is killed: nobody would take its rows."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        connection.wait([parent.sentinel])
+        os._exit(1)
 
 
 def _work(one: Work, delays: int) -> list[ModeResult]:

@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -137,6 +143,58 @@ def test_processes_give_the_same_rows_as_one(world: tuple[Written, ReplayResult]
     again = replay(log, result.config, jobs=2, show=lambda step, done, total: told.append(step))
     assert as_json(again)["results"] == as_json(result)["results"]
     assert "1 h: reading, live" in told
+
+
+def test_a_killed_process_of_a_delay_is_told_in_words(world: tuple[Written, ReplayResult]) -> None:
+    log, result = world
+
+    def kill_one(step: str, done: int, total: int | None) -> None:
+        if step == "1 h: reading, live" and children:
+            os.kill(children.pop(), signal.SIGKILL)
+        elif not children:
+            children.extend(child.pid for child in multiprocessing.active_children() if child.pid is not None)
+
+    children: list[int] = []
+    with pytest.raises(ReplayError, match="the process of a feedback delay was killed"):
+        replay(log, result.config, jobs=2, show=kill_one)
+
+
+def test_processes_of_a_killed_replay_end_with_it(world: tuple[Written, ReplayResult]) -> None:
+    log, _ = world
+    script = (
+        "import multiprocessing, sys\nfrom pathlib import Path\nfrom trainer.replay import *\n"
+        "def show(step, done, total):\n"
+        "    if ': ' in step: print(*(c.pid for c in multiprocessing.active_children()), flush=True)\n"
+        "if __name__ == '__main__':\n"
+        f"    paths = [Path(p) for p in {[str(p) for p in log.paths]!r}]\n"
+        "    config = ReplayConfig(delays_seconds=(0.0, 3600.0))\n"
+        "    replay(find_parts('jsonl', paths, paths[-1]), config, jobs=2, show=show)\n"
+    )
+    file = log.paths[0].parent / "replay_in_processes.py"
+    file.write_text(script)
+    with subprocess.Popen(
+        [sys.executable, str(file)], stdout=subprocess.PIPE, text=True, env=_with_project()
+    ) as parent:
+        assert parent.stdout is not None
+        children = [int(pid) for pid in parent.stdout.readline().split()]
+        parent.kill()
+    assert len(children) == 2
+    deadline = time.monotonic() + 60
+    while any(map(_runs, children)):
+        assert time.monotonic() < deadline, f"of {children} some still run"
+        time.sleep(0.05)
+
+
+def _with_project() -> dict[str, str]:
+    return os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+
+
+def _runs(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text("utf-8").rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return state != "Z"
 
 
 def test_without_retraining_there_is_no_such_mode() -> None:
