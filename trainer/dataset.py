@@ -62,6 +62,8 @@ class Examples:
 
     impressions: list[Example]
     left_out: dict[str, int] = field(default_factory=dict)
+    histories: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    """Items' hashes, oldest first, that users acted on without having been shown them, where they are learned from."""
 
     def __len__(self) -> int:
         return len(self.impressions)

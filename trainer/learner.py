@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
@@ -12,6 +13,7 @@ import structlog
 
 from models import bootstrap
 from models.bundle import Bundle, BundleContents, Canary, ItemEncodings
+from models.ctr import CtrScorer
 from models.encoder import EncoderConfig, TextEncoder
 from models.encoder_delta import EncoderDelta
 from models.errors import EncoderError
@@ -19,11 +21,12 @@ from models.examples import FeaturesRecord, encode
 from trainer.batches import TrainingSet
 from trainer.dataset import F32, Examples, ItemFacts
 from trainer.encodings import OutputCache
-from trainer.finetune import StartingPoint, Trained, train
+from trainer.finetune import StartingPoint, Trained, carrying_map, train, without_similarities
 from trainer.ports import Identity, Learned
 from trainer.progress import Show
 from trainer.scoring import ItemTable, encode_items, score
 from trainer.settings import TrainerConfig
+from trainer.space_learning import SpaceConfig, enough_histories, first_scorer, learn_space, with_features
 from trainer.training_config import TrainingConfig
 
 log = structlog.get_logger(__name__)
@@ -37,9 +40,17 @@ CANARY_USER: Final = "canary"
 class FinetuneLearner:
     """Fine-tunes by trainer/finetune.py and scores by the code that serves. The encoder is loaded when it is needed."""
 
-    def __init__(self, training: TrainingConfig, encoder: EncoderConfig, folder: Path) -> None:
-        """``folder``: where outputs of frozen encoder layers and a computed bootstrap space are kept."""
+    def __init__(
+        self, training: TrainingConfig, encoder: EncoderConfig, folder: Path, space: SpaceConfig | None = None
+    ) -> None:
+        """``folder``: where outputs of frozen encoder layers and a computed bootstrap space are kept.
+
+        ``space``: how a space is learned from histories.
+        """
         self._training = training
+        self._space = (space or SpaceConfig()).settled(
+            seed=training.seed, device=training.device, cache_bytes=training.cache_bytes
+        )
         self._encoder_config = encoder
         self._folder = folder
         self._cache = OutputCache(folder / "encodings", training.cache_bytes)
@@ -48,7 +59,10 @@ class FinetuneLearner:
     @classmethod
     def of(cls, config: TrainerConfig, encoder: EncoderConfig) -> FinetuneLearner:
         """Return the learner of the settings."""
-        return cls(config.training, encoder.model_copy(update={"threads": config.threads}), config.data_folder)
+        space = SpaceConfig(least_items=config.histories_least_items)
+        space = space.with_encoder("frozen" if config.histories == "off" else config.histories)
+        encoder = encoder.model_copy(update={"threads": config.threads})
+        return cls(config.training, encoder, config.data_folder, space)
 
     def train(
         self, identity: Identity, examples: Examples, items: ItemFacts, parent: Bundle | None, show: Show
@@ -62,26 +76,31 @@ class FinetuneLearner:
         if start is None:
             log.warning("parent_left", version=parent.version if parent else None, reason="its encoder is another one")
             parent, start = None, self._bootstrap_start()
+        shown = TrainingSet(
+            [e.features for e in examples.impressions],
+            [e.labels for e in examples.impressions],
+            items.texts,
+            embeddings=items.embeddings,
+        )
+        origin, start = start, self._with_histories(start, shown, examples, show)
         trained = train(
-            TrainingSet(
-                [e.features for e in examples.impressions],
-                [e.labels for e in examples.impressions],
-                items.texts,
-                embeddings=items.embeddings,
-            ),
+            shown,
             start,
             self._training,
             new_space_id=f"space-{identity.version}",
             cache_folder=self._folder / "encodings",
             on_progress=show,
         )
-        contents = self._contents(identity, examples, items, start, trained, parent, show)
+        if start is not origin:
+            trained.carry = self._carry(origin, trained, _only(items, shown.records).texts)
+        contents = self._contents(identity, examples, items, origin, trained, parent, show)
         course = trained.course
         losses = [trained.metrics["train_loss"], trained.metrics["loss_held_back"]] if course.epochs else []
         auc = trained.metrics.get("auc_held_back", float("nan"))
         log.info("trained", version=identity.version, seconds={k: round(v, 1) for k, v in trained.seconds.items()})
         # A first model's start is no bundle that serves: the gate may still find it better than the bootstrap.
-        return Learned(contents, losses, auc, course.start.auc, improved=bool(course.best_epoch) or parent is None)
+        improved = bool(course.best_epoch) or parent is None or start is not origin
+        return Learned(contents, losses, auc, course.start.auc, improved=improved)
 
     def score(self, bundle: Bundle, records: Sequence[FeaturesRecord], items: ItemFacts) -> list[F32]:
         """Return the calibrated log-odds of each impression's items, as a worker computes them.
@@ -118,6 +137,38 @@ class FinetuneLearner:
     def _bootstrap_start(self) -> StartingPoint:
         encoder = self._encoder()
         return StartingPoint(bootstrap.find_or_compute_space(encoder, self._folder / "bootstrap"), encoder)
+
+    def _with_histories(
+        self, start: StartingPoint, shown: TrainingSet, examples: Examples, show: Show
+    ) -> StartingPoint:
+        """Return where the training starts: in a space learned from histories, where there are enough of them."""
+        if not enough_histories(examples.histories, shown.texts, self._space):
+            return start
+        first = start
+        if start.scorer is None:
+            first = replace(start, scorer=first_scorer(start.space.dim, self._training.seed, self._training))
+        made = learn_space(
+            examples.histories,
+            shown.texts,
+            first,
+            self._space,
+            cache_folder=self._folder / "encodings",
+            on_progress=show,
+        )
+        log.info("space_learned", space=made.start.space.space_id, losses=made.losses, seconds=made.seconds)
+        learned = made.start if start.scorer is not None else with_features(made.start, shown)
+        if learned.scorer is None or learned.features is None:
+            return learned
+        # Records hold similarities in the space that was served.
+        tensors = without_similarities(learned.scorer.tensors, learned.features)
+        return replace(learned, scorer=CtrScorer(learned.scorer.config, tensors))
+
+    def _carry(self, origin: StartingPoint, trained: Trained, texts: Mapping[int, str]) -> F32:
+        """Return the map by which long-term vectors go over from the space that was served to the new one."""
+        before = encode_items(self._encoder(), texts, self._cache, delta=origin.delta)
+        after = encode_items(self._encoder(), texts, self._cache, delta=trained.delta)
+        old = origin.space.item_vectors(before.base, before.items)
+        return carrying_map(old, trained.space.item_vectors(after.base, after.items))
 
     def _contents(
         self,

@@ -1,11 +1,12 @@
-"""Examples of a log that holds actions but no impressions: each positive action with items drawn from the catalogue.
+"""Actions on items that were not shown: histories, and examples of a log that holds no impressions at all.
 
-Only where the window has no impression at all; what was shown is better than what was drawn. See models/sampling.py
-for the drawing and its correction.
+Where the window has no impression, each positive action is an example with items drawn from the catalogue; what was
+shown is better than what was drawn. See models/sampling.py for the drawing and its correction.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 
 import numpy as np
@@ -13,7 +14,7 @@ import structlog
 
 from models.errors import RecordError
 from models.events import EVENT_CODEC, Action, epoch_ms
-from models.examples import label_values
+from models.examples import SAMPLED, label_values
 from models.manifest import OffsetRange
 from models.sampling import LoneAction, sampled_impressions
 from trainer.connection import EventRules
@@ -43,6 +44,23 @@ def read_lone_actions(spool: Spool, ranges: Sequence[OffsetRange], rules: EventR
     if refused:
         log.warning("events_left_out", records=refused)
     return found
+
+
+def histories(actions: Sequence[LoneAction], examples: Examples) -> dict[str, list[int]]:
+    """Return the items that users liked without having been shown them in these impressions, by user, oldest first.
+
+    What impressions tell is learned from them, and not told twice; drawn ones were never shown.
+    """
+    shown: defaultdict[str, set[int]] = defaultdict(set)
+    for example in examples.impressions:
+        if example.features.flags & SAMPLED:
+            continue
+        shown[example.features.user_id].update(np.frombuffer(example.features.items, "<u8").tolist())
+    found: defaultdict[str, list[int]] = defaultdict(list)
+    for action in sorted(actions, key=lambda a: (a.time_ms, a.broker_ms, a.partition, a.offset)):
+        if action.is_positive and action.item not in shown[action.user_id]:
+            found[action.user_id].append(action.item)
+    return dict(found)
 
 
 def sampled_examples(

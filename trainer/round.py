@@ -34,7 +34,7 @@ from models.pointer import (
 from models.registry import prune_cache
 from trainer.announce import ANNOUNCER, ANOTHER_DECIDER, SILENT_INTERVALS, preparation
 from trainer.dataset import F32, Examples, ItemFacts, read_examples
-from trainer.lone_actions import sampled_examples
+from trainer.lone_actions import histories, sampled_examples
 from trainer.ports import Identity, Names, Ports
 from trainer.promotion import (
     Decision,
@@ -46,6 +46,7 @@ from trainer.promotion import (
     should_roll_back,
 )
 from trainer.settings import TrainerConfig
+from trainer.space_learning import SpaceConfig, enough_histories
 from trainer.state import Pending, TrainerState, load_state, save_state
 from trainer.window import Stopped
 
@@ -55,6 +56,8 @@ HOUR_MS: Final = 3_600_000
 PATIENCE: Final = 4
 """A slice of so many times the least size, still without shadow scores enough, is judged without waiting longer."""
 POLL_SECONDS: Final = 0.5
+LOOKS_BETWEEN: Final = 24
+"""Where histories were too few, they are looked at so many times in the time that a learned space stands."""
 NOT_YET: Final = frozenset({"window-too-small"})
 """Reasons for which nothing was trained, and nothing is wrong."""
 
@@ -384,6 +387,7 @@ class Round:
         rate = self._checked_rate(fresh if len(fresh) >= config.min_impressions else examples)
         parent = self._parent()
         now_ms = ports.now_ms()
+        ranges, examples = self._with_histories(ranges, examples, items)
         identity = Identity(ports.registry.name, new_version(now_ms), now_ms, examples.window(ranges))
         with ports.metrics.step("train"):
             learned = ports.learner.train(identity, examples, items, parent, ports.show)
@@ -410,6 +414,26 @@ class Round:
         )
         self._announce(planned, result, "candidate", said)
         save_state(config.data_folder, self._state)
+
+    def _with_histories(
+        self, ranges: Sequence[OffsetRange], examples: Examples, items: ItemFacts
+    ) -> tuple[Sequence[OffsetRange], Examples]:
+        """Return the examples with users' histories, and the ranges of both, where a space is to be learned now."""
+        config, now_ms = self._config, self._ports.now_ms()
+        if config.histories == "off" or now_ms < self._state.histories_due_ms:
+            return ranges, examples
+        with self._ports.metrics.step("histories"):
+            more, actions = self._ports.source.actions(now_ms - round(config.histories_hours * HOUR_MS))
+            found = histories(actions, examples)
+        enough = enough_histories(found, items.texts, SpaceConfig(least_items=config.histories_least_items))
+        wait_hours = config.histories_every_hours if enough else config.histories_every_hours / LOOKS_BETWEEN
+        self._state.histories_due_ms = now_ms + round(wait_hours * HOUR_MS)
+        log.info("histories_read", users=len(found), actions=sum(map(len, found.values())), enough=enough)
+        if not enough:
+            return ranges, examples
+        # Of a log without impressions, the window's events are among them.
+        others = [r for r in ranges if r.topic not in {m.topic for m in more}]
+        return [*others, *more], replace(examples, histories=found)
 
     def _parent(self) -> Bundle | None:
         """Return the live bundle; None, the bootstrap, where there is none or it is gone from the registry."""

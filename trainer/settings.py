@@ -57,6 +57,18 @@ class TrainerConfig(BaseSettings):
         description="For logs with actions only: items drawn from the catalogue for each positive action, as an "
         "impression of its own. 0: such actions are not learned from. Never used where the window has impressions.",
     )
+    histories: Literal["off", "frozen", "top", "lora"] = Field(
+        "off",
+        description="Whether a round first learns the space from actions on items that were not shown (histories), "
+        "and what of the text encoder that trains: nothing, its top layers, or LoRA. It takes minutes.",
+    )
+    histories_hours: float = Field(336.0, gt=0, description="Broker time of the actions that a space is learned from.")
+    histories_every_hours: float = Field(
+        168.0, gt=0, description="How long a learned space stands; where there was too little, a 24th of it."
+    )
+    histories_least_items: int = Field(
+        2_000, ge=2, description="Items with a text acted on twice or more, below which no space is learned."
+    )
     training: TrainingConfig = Field(default_factory=TrainingConfig, description="How a round trains.")
     gate: GateConfig = Field(default_factory=GateConfig, description="When a candidate is promoted or rolled back.")
     prepare_timeout_seconds: float = Field(

@@ -187,10 +187,13 @@ def learn_space(
     return learned
 
 
-def first_scorer(dim: int, seed: int) -> CtrScorer:
-    """Return an untrained scorer for items [dim] of a space: it orders by cosine, and takes no notice of features."""
+def first_scorer(dim: int, seed: int, training: TrainingConfig | None = None) -> CtrScorer:
+    """Return an untrained scorer for items [dim] of a space: it orders by cosine, and takes no notice of features.
+
+    ``training``: whose shape it has; None: the usual one, without positions.
+    """
     features = len(columns(FeatureConfig()))
-    shape = TrainingConfig(positions=0).ctr_config(features, dim)
+    shape = (training or TrainingConfig(positions=0)).ctr_config(features, dim)
     mean, std = np.zeros(features, np.float32), np.full(features, CONSTANT_STD, np.float32)
     tensors = first_tensors(shape, mean, std, FIRST_RATE, seed)
     tensors["head.scale"][:] = FIRST_SCALE

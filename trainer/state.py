@@ -44,6 +44,8 @@ class TrainerState(msgspec.Struct, kw_only=True):
     """Of the last rounds, oldest first, refused ones included."""
     pending: Pending | None = None
     rounds: int = 0
+    histories_due_ms: int = 0
+    """When histories are looked at next."""
 
 
 def load_state(folder: Path) -> TrainerState | None:
