@@ -86,28 +86,31 @@ def diverse(
     counts = np.minimum(counts, ks)
     if not k or not reach:
         return order[:, :k], np.minimum(counts, k)
-    open_ = np.arange(reach) < compared[:, None]
-    ordered = np.take_along_axis(scores, order, axis=1)
-    penalised = ordered < -UNWANTED_PENALTY / 2
-    relevance = _relevance(ordered, open_ & ~penalised)
-    behind = np.where(penalised, UNWANTED_PENALTY, np.float32(0))
     every = np.arange(batch)
+    there = np.arange(reach) < compared[:, None]
+    ordered = scores[every[:, None], order]
+    penalised = ordered < -UNWANTED_PENALTY / 2
+    strength = np.float32(config.sameness)
+    worth = (1 - strength) * _relevance(ordered, there & ~penalised)
+    worth -= np.where(penalised, UNWANTED_PENALTY, np.float32(0))
+    gone = np.where(there, np.float32(0), np.float32(-np.inf))
     # Whole vectors at once: take_along_axis would look up each of their numbers.
-    near = vectors[every[:, None], order]
-    kinds = np.take_along_axis(categories, order, axis=1)
+    near = vectors[every[:, None], order] if strength else vectors
+    kinds = categories[every[:, None], order]
     used = np.zeros((batch, reach), np.int32)
     likeness = np.zeros((batch, reach), np.float32)
     chosen = np.zeros((batch, min(k, reach)), np.int64)
-    strength = np.float32(config.sameness)
     for place in range(chosen.shape[1]):
-        value = (1 - strength) * relevance - strength * likeness - behind
-        if config.max_per_category:
-            value = value - np.float32(_OVER_LIMIT) * (used >= config.max_per_category)
+        value = worth - strength * likeness
+        if 0 < config.max_per_category <= place:
+            value -= np.float32(_OVER_LIMIT) * (used >= config.max_per_category)
         # In steps, as scores are compared: the last bits of a product decide nothing, the better score does.
-        steps = np.where(open_, np.rint(value * SCORE_STEPS), -np.inf)
-        best = steps.argmax(axis=1)
+        value *= np.float32(SCORE_STEPS)
+        np.rint(value, out=value)
+        value += gone
+        best = value.argmax(axis=1)
         chosen[:, place] = best
-        open_[every, best] = False
+        gone[every, best] = -np.inf
         if strength:
             now = np.matmul(near, near[every, best][:, :, None])[:, :, 0]
             likeness = now if place == 0 else np.maximum(likeness, now)

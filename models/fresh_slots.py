@@ -177,7 +177,7 @@ def place(
     kept = without(columns, counts, at, there)
     ranked = kept.sum(axis=1)
     # Slots rise: what is put in later moves nothing that was put in before.
-    before = np.cumsum(there, axis=1) - there
+    before: npt.NDArray[np.int64] = np.cumsum(there, axis=1) - there
     slot = np.minimum(np.array(drawn.config.slots) - 1, ranked[:, None] + before)
     slate = np.zeros((len(columns), width + len(drawn.config.slots)), np.int64)
     chances = np.full(slate.shape, np.nan, np.float32)
@@ -185,11 +185,11 @@ def place(
     is_drawn = np.zeros(slate.shape, np.bool_)
     is_drawn[requests, slot[requests, turns]] = True
     turn_of_rest = np.minimum(np.cumsum(~is_drawn, axis=1) - 1, width - 1)
-    slate[:] = np.take_along_axis(packed(columns, kept), np.maximum(turn_of_rest, 0), axis=1)
+    slate[:] = packed(columns, kept)[np.arange(len(columns))[:, None], np.maximum(turn_of_rest, 0)]
     slate[requests, slot[requests, turns]] = at[requests, turns]
     chances[requests, slot[requests, turns]] = drawn.propensities[requests, turns]
     # Ranked items give way at the end, drawn ones do not: their slots lie within the slate.
-    changed = there.any(axis=1)
+    changed = np.any(there, axis=1)
     counts[changed] = np.minimum(np.minimum(ks, width), ranked + there.sum(axis=1))[changed]
     written = changed[:, None] & (np.arange(width) < counts[:, None])
     columns[written] = slate[:, :width][written]

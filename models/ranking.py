@@ -32,6 +32,7 @@ SCORE_STEPS: Final = 1e5
 CTR_EDGE: Final = 1e-6
 NO_ROW: Final = -2
 """Padding of sets of rows: equal to no candidate, and not to the padding of candidates."""
+FEW_ROWS: Final = 16
 UNWANTED_PENALTY: Final = np.float32(1e4)
 """Puts an item that would be left out behind all others, where the request names its candidates."""
 UNWANTED_ACTIONS: Final = tuple(ACTIONS.index(name) + 1 for name in ("hide", "dislike"))
@@ -182,8 +183,9 @@ def past_of(reader: UserReader, states: UserRows, index: ItemIndex, now_ms: int,
 
 def is_refused(codes: npt.NDArray[np.uint8]) -> Bools:
     """Tell which recent actions say that the user does not want the item: hide, dislike, a low rating."""
-    refused: Bools = np.isin(codes & ACTION_MASK, UNWANTED_ACTIONS)
-    refused |= (codes & NEGATIVE) != 0
+    refused: Bools = (codes & NEGATIVE) != 0
+    for action in UNWANTED_ACTIONS:
+        refused |= (codes & ACTION_MASK) == action
     return refused
 
 
@@ -214,6 +216,16 @@ def is_in(rows: I32, sets: I32) -> Bools:
     found = np.zeros(rows.shape, np.bool_)
     for column in range(sets.shape[1]):
         found |= rows == sets[:, column : column + 1]
+    return found
+
+
+def among(rows: I32, few: I32) -> Bools:
+    """Tell which rows, of any shape, are one of ``few`` rows [n]; for few rows many times as fast as np.isin."""
+    if len(few) > FEW_ROWS:
+        return np.isin(rows, few)
+    found = np.zeros(rows.shape, np.bool_)
+    for row in few.tolist():
+        found |= rows == row
     return found
 
 

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from models.catalogue import Catalogue
 from models.events import MAX_K, Filters, Item, epoch_ms
-from models.ranking import F32, I32, Bools
+from models.ranking import F32, I32, Bools, among
 
 Value = str | bool | float
 
@@ -116,7 +116,7 @@ class RulesConfig(BaseModel):
         for match in self.blocked.values():
             refused |= match.mask(catalogue, rows, now_ms)
         if self.blocked_items:
-            refused |= np.isin(rows, catalogue.index.rows(list(self.blocked_items)))
+            refused |= among(rows, catalogue.index.rows(list(self.blocked_items)))
         return refused
 
     def boost(self, catalogue: Catalogue, rows: I32, now_ms: int) -> F32:
