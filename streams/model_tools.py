@@ -34,6 +34,7 @@ from models.pointer import (
 from models.registry import Registry
 from models.signing import PrivateKey
 from streams.model_status import WorkerStatus
+from streams.model_wanted import ARM
 from streams.sender import Outbox
 from streams.settings import ModelSettings, Settings
 from streams.topic_io import TopicWriter, open_topic
@@ -85,6 +86,7 @@ class Listed:
     manifest: Manifest | None
     """None for the bootstrap, and where the registry has no such version (any more) or it cannot be read."""
     roles: list[str]
+    """Those of pointers, and ``arm`` where a worker that lives names it for an arm of its experiment."""
     serving: int
     """Workers that serve it."""
     problem: str | None = None
@@ -143,11 +145,12 @@ async def situation(settings: Settings) -> Situation:
 
 
 async def listing(settings: Settings) -> tuple[list[Listed], Situation]:
-    """Return every published version and every one that has a role or is served, newest name last."""
+    """Return every published version and every one that has a role, is served or named for an arm, newest name last."""
     registry = Registry(settings.models)
     found = await situation(settings)
     published = await asyncio.to_thread(registry.versions)
-    named = {p.version for p in found.pointers.roles.values()} | {w.live.version for w in found.workers}
+    arms = {arm.version for worker in found.workers for arm in worker.arms}
+    named = {p.version for p in found.pointers.roles.values()} | {w.live.version for w in found.workers} | arms
     rows = []
     for version in sorted({*published, *named}):
         manifest, problem = None, None
@@ -156,9 +159,8 @@ async def listing(settings: Settings) -> tuple[list[Listed], Situation]:
                 manifest = await asyncio.to_thread(registry.manifest, version)
             except BundleError as error:
                 problem = error.reason
-        rows.append(
-            Listed(version, manifest, list(found.pointers.roles_of(version)), len(found.serving(version)), problem)
-        )
+        roles = [*found.pointers.roles_of(version), *([ARM] if version in arms else [])]
+        rows.append(Listed(version, manifest, roles, len(found.serving(version)), problem))
     return rows, found
 
 
@@ -252,7 +254,6 @@ async def collect(settings: Settings, *, keep: int, dry_run: bool) -> Collected:
     published = {row.version: row.manifest for row in rows if row.manifest is not None}
     in_use = {row.version for row in rows if row.roles or row.serving}
     in_use |= {p.version for worker in found.workers for p in worker.prepared}
-    in_use |= {arm.version for worker in found.workers for arm in worker.arms}
     parents = {manifest.parent for version, manifest in published.items() if version in in_use and manifest.parent}
     by_age = sorted(published, key=lambda version: (published[version].created_ms, version))
     kept = in_use | parents | set(by_age[len(by_age) - keep :])
@@ -438,11 +439,11 @@ def lines(rows: Iterable[Listed], found: Situation) -> list[str]:
         for r in worker.refused
     ]
     arms = [
-        f"arm of worker {worker.worker_id}: {a.version} "
-        + ("is ready" if a.is_ready else f"is not ready, the live version serves: {a.reason or 'in preparation'}")
-        + (f": {a.detail}" if a.detail else "")
+        f"{a.version} of an arm is not ready on worker {worker.worker_id}, the live version serves: "
+        + (f"{a.reason}: {a.detail}" if a.reason else "in preparation")
         for worker in found.workers
         for a in worker.arms
+        if not a.is_ready
     ]
     workers = len(found.workers)
     said = f"{workers} worker{'s' if workers != 1 else ''} live, generation {found.pointers.generation}"

@@ -114,5 +114,11 @@ async def test_two_arms_with_two_bundles_are_scored_by_them_and_by_the_live_one_
         # v1 and v2 are named by nothing any more; v4 is named, though it is refused.
         collected = await model_tools.collect(on.settings, keep=0, dry_run=True)
         assert (set(collected.kept), set(collected.removed)) == ({"v3", "v4", "v5"}, {"v1", "v2"})
+        rows, found = await model_tools.listing(on.settings)
+        roles = {row.version: row.roles for row in rows}
+        assert (roles["v1"], roles["v3"], roles["v4"], roles["v5"]) == ([], ["live"], ["arm"], ["arm"])
+        [line] = [line for line in model_tools.lines(rows, found) if "of an arm is not ready" in line]
+        assert line.startswith("v4 of an arm is not ready on worker ")
+        assert "the live version serves: wrong-hash: " in line
         assert worker.returncode is None
         assert await worker.metric("millstream_processing_errors_total") == 0
