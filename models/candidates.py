@@ -15,6 +15,7 @@ import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field
 
 from models.catalogue import Catalogue
+from models.co_clicks import CoClicks
 from models.counters import CLICKS, ItemCounters
 from models.events import Filters
 from models.ranking import F32, I32, LONG_TERM, SHORT_TERM, TASTES, Bools, clip_ctr, is_in
@@ -24,7 +25,7 @@ from models.trending import Lists
 
 I8 = npt.NDArray[np.int8]
 
-SOURCES: Final = (*TASTES, "popular", "candidates", "pinned", "fresh", "trending", "trending_category")
+SOURCES: Final = (*TASTES, "popular", "candidates", "pinned", "fresh", "trending", "trending_category", "co_click")
 """Names of the sources of a candidate, by code; the first ones are the tastes, in their order."""
 POPULAR: Final = len(TASTES)
 GIVEN: Final = POPULAR + 1
@@ -32,6 +33,7 @@ PINNED: Final = GIVEN + 1
 FRESH: Final = PINNED + 1
 TREND: Final = FRESH + 1
 TREND_OF_CATEGORY: Final = TREND + 1
+CO_CLICK: Final = TREND_OF_CATEGORY + 1
 MAX_COLUMNS: Final = 1 << 16
 ALIKE: Final = 0.95
 """Cosine from which the short-term and the long-term vector count as one."""
@@ -209,7 +211,7 @@ def alike(a: F32, b: F32) -> Bools:
 
 
 class Quotas(BaseModel):
-    """How the sources of candidates take turns. At the defaults, three of them are off and cost nothing."""
+    """How the sources of candidates take turns. At the defaults, four of them are off and cost nothing."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -224,10 +226,13 @@ class Quotas(BaseModel):
         0.0, ge=0, le=100, description="Turns of the same within the categories that the user acted on last."
     )
     fresh: float = Field(0.0, ge=0, le=100, description="Turns of the newest items.")
+    co_click: float = Field(
+        0.0, ge=0, le=100, description="Turns of what users act on after the items that this user acted on last."
+    )
 
     @property
     def has_lists(self) -> bool:
-        """Whether a source that is off at the defaults is on."""
+        """Whether a source is on that is a list which all requests share."""
         return self.trending > 0 or self.trending_category > 0 or self.fresh > 0
 
 
@@ -254,6 +259,12 @@ def listed(lists: Lists, quotas: Quotas, catalogue: Catalogue, liked: I32, width
             rows = np.repeat((lists.trending if code == TREND else lists.newest)[None], len(liked), axis=0)
         found.append((code, rows[:, : math.ceil(width * min(1.0, turns))], turns))
     return found
+
+
+def co_clicked(co_clicks: CoClicks, quotas: Quotas, liked: I32, width: int, now_ms: int) -> Source:
+    """Return what follows the items that each request's user liked, int32 [B, R], as ``listed`` does."""
+    most = math.ceil(width * min(1.0, quotas.co_click))
+    return CO_CLICK, co_clicks.candidates(liked, now_ms, most), quotas.co_click
 
 
 def merge(
@@ -324,12 +335,13 @@ def without(
 ) -> Bools:
     """Tell which of the first ``counts`` [B] columns [B, K] are none of ``taken`` [B, P] where ``there`` [B, P]."""
     among = (columns[:, :, None] == np.where(there, taken, -1)[:, None, :]).any(axis=2)
-    return (np.arange(columns.shape[1]) < counts[:, None]) & ~among
+    kept: Bools = (np.arange(columns.shape[1]) < counts[:, None]) & ~among
+    return kept
 
 
 def packed(values: npt.NDArray[np.int64], kept: Bools) -> npt.NDArray[np.int64]:
     """Return the kept values [B, K] in their order at the front, the others behind them."""
-    return np.take_along_axis(values, np.argsort(~kept, axis=1, kind="stable"), axis=1)
+    return values[np.arange(len(values))[:, None], np.argsort(~kept, axis=1, kind="stable")]
 
 
 def pinned_first(columns: npt.NDArray[np.int64], counts: npt.NDArray[np.int64], pool: Pool, pinned: I32) -> None:

@@ -19,6 +19,7 @@ class ReasonTexts:
     verbs: dict[str, str]
     """By action; what is not here is the first one."""
     recent: str
+    co_click: str
     trending: str
     trending_category: str
     """{category}"""
@@ -44,6 +45,7 @@ TEXTS: Final[dict[Language, ReasonTexts]] = {
             "dwell": "spent time on",
         },
         recent="Like what you clicked before",
+        co_click="Often chosen after what you clicked",
         trending="Popular at the moment",
         trending_category="Popular at the moment in {category}",
         newest="Among the newest items",
@@ -66,6 +68,7 @@ TEXTS: Final[dict[Language, ReasonTexts]] = {
             "dwell": "细看",
         },
         recent="与你点击过的内容相似",
+        co_click="看过你点击的内容的人常接着看",
         trending="当前热门",
         trending_category="“{category}”类当前热门",
         newest="最新上线的内容",

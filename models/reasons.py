@@ -11,7 +11,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from models.candidates import FRESH, GIVEN, PINNED, POPULAR, SOURCES, TREND, TREND_OF_CATEGORY
+from models.candidates import CO_CLICK, FRESH, GIVEN, PINNED, POPULAR, SOURCES, TREND, TREND_OF_CATEGORY
 from models.catalogue import Catalogue
 from models.events import ACTIONS, Reason, RecommendedItem
 from models.ranking import F32, I32, LONG_TERM, PROFILE, QUERY, SHORT_TERM, Bools
@@ -33,7 +33,7 @@ LEAST_WEIGHT: Final = 0.1
 SHARE_OF_HIGHEST: Final = 0.5
 """Attention that a named item has at least, of that of the item which the model looked at most."""
 
-_LIKED_SOURCES: Final = frozenset((SHORT_TERM, LONG_TERM, GIVEN, FRESH))
+_LIKED_SOURCES: Final = frozenset((SHORT_TERM, LONG_TERM, GIVEN, FRESH, CO_CLICK))
 """Sources of which being near a liked item says more than they do themselves."""
 
 
@@ -155,6 +155,7 @@ class Reasons:
             PINNED: Reason(kind=PICKED, text=texts.pinned),
             FRESH: self._newest,
             TREND: self._trending,
+            CO_CLICK: Reason(kind=BECAUSE_CLICKED, text=texts.co_click),
         }
 
     def because_clicked(self, rows: tuple[int, ...], action: int) -> Reason:

@@ -21,6 +21,7 @@ from models.candidates import (
     Quotas,
     Refusal,
     Source,
+    co_clicked,
     listed,
     merge,
     no_popular,
@@ -30,6 +31,7 @@ from models.candidates import (
     search_tastes,
 )
 from models.catalogue import Catalogue
+from models.co_clicks import CoClicks
 from models.counters import CLICKS, ItemCounters
 from models.diversity import debiased, diverse
 from models.events import MAX_K, Filters, Reason, RecommendedItem, epoch_ms
@@ -93,6 +95,7 @@ class Recommender:
         vector_index: VectorIndex,
         users: UserReader | None = None,
         on_stage: Callable[[str], None] | None = None,
+        co_clicks: CoClicks | None = None,
     ) -> None:
         self.config = config
         self._catalogue = catalogue
@@ -103,6 +106,8 @@ class Recommender:
         """By version: models of arms, each with what reads user rows in its space where that is not the live one."""
         self._users = users if users is not None else user_state
         self.on_stage = on_stage or _no_stage
+        self.co_clicks = co_clicks
+        """What the source co_click reads; None: that source finds nothing."""
         self._plans: list[Plan] = []
         self._numbers: dict[tuple[str | None, str | None], int] = {}
         self._fresh: dict[int, FreshPool] = {}
@@ -298,11 +303,14 @@ class Recommender:
 
     def _others(self, quotas: Quotas, past: Past, width: int, now_ms: int) -> list[Source]:
         """Return the sources that the quotas turn on beside searches and popular items."""
-        if not quotas.has_lists:
-            return []
-        if self._lists is None:
-            self._lists = Lists.build(self._catalogue, self._counters, now_ms)
-        return listed(self._lists, quotas, self._catalogue, past.liked, width)
+        found: list[Source] = []
+        if quotas.has_lists:
+            if self._lists is None:
+                self._lists = Lists.build(self._catalogue, self._counters, now_ms)
+            found = listed(self._lists, quotas, self._catalogue, past.liked, width)
+        if quotas.co_click and self.co_clicks is not None:
+            found.append(co_clicked(self.co_clicks, quotas, past.liked, width, now_ms))
+        return found
 
     def _draw_fresh(
         self,

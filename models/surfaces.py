@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
 
 from models.candidates import Quotas
+from models.co_clicks import CoClicksConfig
 from models.diversity import DiversityConfig
 from models.events import MAX_CANDIDATES, MAX_K
 from models.experiments import ExperimentConfig, changed
@@ -42,6 +43,7 @@ class RecommenderConfig(BaseModel):
     )
     ranking: RankingConfig = Field(default_factory=RankingConfig, description="Score and rules.")
     experiment: ExperimentConfig = Field(default_factory=ExperimentConfig, description="The experiment that runs.")
+    co_clicks: CoClicksConfig = Field(default_factory=CoClicksConfig, description="Of the source co_click.")
     popular_items: int = Field(1_000, ge=1, le=100_000, description="Length of the list of popular items.")
     popularity_half_life_index: int = Field(
         1,
@@ -80,6 +82,11 @@ class RecommenderConfig(BaseModel):
             except ValueError as error:
                 raise ValueError(f"the arm {arm!r} of the experiment asks for what cannot be: {error}") from None
         return self
+
+    @property
+    def uses_co_clicks(self) -> bool:
+        """Whether any surface, in any arm, has the source co_click."""
+        return any(s.quotas.co_click > 0 for s in (*self.surfaces.values(), *self._arms.values()))
 
     @property
     def draws_slots(self) -> bool:

@@ -1,0 +1,286 @@
+"""Which items users act on one after another: live, bounded, from the user rows alone.
+
+Whenever a user acts positively on an item that the row does not hold as such yet, each of the last items that the row
+does hold is followed by it: the pair (earlier item → later item) gains weight, less the more items lie between. That
+an item is learned once for as long as the row remembers it is also the cap of what one user can do to a pair.
+
+A row's ring of recent items tells nearly the same later on (not in which order items were acted on again), so that a
+process which takes over users learns from their rows, and no log has to be read.
+
+Bounded: an item keeps at most ``neighbours`` followers, by Space-Saving (Metwally, Agrawal and El Abbadi: Efficient
+computation of frequent and top-k elements in data streams, ICDT 2005, section 3): a newcomer takes the place of the
+weakest, with its weight as the error that is taken off when read. So a follower that has more than its share of an
+item's pairs is among the kept ones, and a newcomer can rise. Weights decay forward (Cormode, Korn and Tirthapura:
+Exponentially decayed aggregates on data streams, ICDE 2008): they are kept as they would stand at a landmark.
+
+Pairs are taken in the order given, one of an item after another, and the landmark moves by whole half-lives: cut into
+batches in any way, the same steps leave the same bits.
+
+Axes: B requests, R recent items, E steps, P earlier items of a step, M kept followers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import BaseModel, ConfigDict, Field
+
+from models.item_index import ItemIndex
+from models.user_batch import rounds
+from models.user_events import ACTION, Outcome, UserEvent
+from models.user_row import NEGATIVE, POSITIVE, RECENT, Rows, recent
+
+F32 = npt.NDArray[np.float32]
+F64 = npt.NDArray[np.float64]
+I32 = npt.NDArray[np.int32]
+I64 = npt.NDArray[np.int64]
+U64 = npt.NDArray[np.uint64]
+
+SPARE: Final = 1.125
+"""Arrays grow to this many times what is needed."""
+LABELLED: Final = POSITIVE | NEGATIVE
+"""Bits of an action code that say what the action means; the code of an action without stays as it was."""
+_REACH: Final = 40
+"""Half-lives after which the landmark moves; a float32 overflows at 127."""
+
+
+class CoClicksConfig(BaseModel):
+    """How co-click neighbours are learned and read."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    neighbours: int = Field(
+        32, ge=4, le=256, description="Followers kept of an item, 12 bytes each: 19 MB for 50,000 items."
+    )
+    last_items: int = Field(
+        10, ge=1, le=RECENT - 1, description="Items acted on before, at most, that a step of a user follows."
+    )
+    fading: float = Field(
+        0.85, gt=0, le=1, description="What an item counts of what the next newer one of the same user counts."
+    )
+    half_life_seconds: float = Field(
+        6 * 3_600.0, ge=60, description="Event time in which a pair loses half of its weight, seconds."
+    )
+    prior: float = Field(
+        5.0, gt=0, le=1_000, description="Actions added to those of each item: pairs of rare items count for less."
+    )
+    popularity_exponent: float = Field(
+        0.5,
+        ge=0,
+        le=1,
+        description="Power of a follower's own actions by which its strength is divided; 0.5: cosine, 0: none.",
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Steps:
+    """First positive actions of users on items, in the order of the log, and on what each acted before.
+
+    ``items`` uint64 [E] and ``earlier`` uint64 [E, RECENT - 1], newest first, 0 for none: 64-bit hashes.
+    """
+
+    items: U64
+    earlier: U64
+    times_ms: I64
+
+    def __len__(self) -> int:
+        """Return the number of steps."""
+        return len(self.items)
+
+
+def steps_of(before: Rows, events: Sequence[UserEvent], outcomes: npt.NDArray[np.int8]) -> Steps:
+    """Return the steps among ``events``, applied to the rows ``before`` them, with their Outcome int8 [N].
+
+    Follows the ring of recent items as models.user_state.apply does, event by event.
+    """
+    at = [i for i, event in enumerate(events) if event.kind == ACTION and outcomes[i] == Outcome.APPLIED]
+    items = np.array([events[i].items[0] for i in at], np.uint64)
+    codes = np.array([events[i].action for i in at], np.uint8)
+    times_ms = np.array([events[i].time_ms for i in at], np.int64)
+    is_step = np.zeros(len(at), np.bool_)
+    earlier = np.zeros((len(at), RECENT - 1), np.uint64)
+    if not at:
+        return Steps(items, earlier, times_ms)
+    touched, order, bounds = rounds(np.array([events[i].user for i in at], np.intp))
+    held, held_codes, _ = recent(before[touched])
+    for start, end in pairwise(bounds):
+        now, users = order[start:end], slice(0, end - start)
+        same = held[users] == items[now][:, None]
+        liked = (held_codes[users] & POSITIVE) != 0
+        is_step[now] = ((codes[now] & POSITIVE) != 0) & ~(same & liked).any(axis=1)
+        earlier[now] = _packed(np.where(liked & ~same, held[users], 0))[:, :-1]
+        _move_to_front(held[users], held_codes[users], items[now], codes[now])
+    return Steps(items[is_step], earlier[is_step], times_ms[is_step])
+
+
+def steps_of_rows(rows: Rows, after_ms: int = -1) -> Steps:
+    """Return the steps that rows still tell, those after ``after_ms`` alone, in the order of their times."""
+    hashes, codes, times_ms = recent(rows)
+    liked = (codes & POSITIVE) != 0
+    times_ms = np.take_along_axis(times_ms, _front(liked), axis=1)
+    items = _packed(np.where(liked, hashes, 0))
+    padded = np.concatenate([items, np.zeros_like(items)], axis=1)
+    # Of the entry at place n, the earlier ones stand at n + 1 and on.
+    earlier = np.lib.stride_tricks.sliding_window_view(padded[:, 1:], RECENT - 1, axis=1)[:, :RECENT]
+    user, place = np.nonzero((items != 0) & (times_ms > after_ms))
+    # Of one second the older entry first: it stands behind.
+    order = np.lexsort((-place, times_ms[user, place]))
+    user, place = user[order], place[order]
+    return Steps(items[user, place], earlier[user, place], times_ms[user, place])
+
+
+class CoClicks:
+    """The followers of items. Called from one thread.
+
+    ``index``: the numbering of items. An item that it does not hold yet is part of no pair.
+    """
+
+    def __init__(self, config: CoClicksConfig, index: ItemIndex) -> None:
+        self.config = config
+        self._index = index
+        self._followers: I32 = np.zeros((0, config.neighbours), np.int32)
+        self._weights: F32 = np.zeros((0, config.neighbours), np.float32)
+        self._errors: F32 = np.zeros((0, config.neighbours), np.float32)
+        self._actions: F64 = np.zeros(0)
+        self._landmark: int | None = None
+        """Half-lives since the epoch of the time at which all weights are kept."""
+
+    @property
+    def nbytes(self) -> int:
+        """Return the bytes of all arrays."""
+        return self._followers.nbytes + self._weights.nbytes + self._errors.nbytes + self._actions.nbytes
+
+    def learn(self, steps: Steps) -> None:
+        """Learn steps, in their order."""
+        if not len(steps):
+            return
+        config = self.config
+        rows = self._index.rows_by_hash(steps.items.tolist(), len(steps))
+        hashes = steps.earlier[:, : config.last_items]
+        earlier = self._index.rows_by_hash(hashes.ravel().tolist(), hashes.size).reshape(hashes.shape)
+        self._grow(max(int(rows.max()), int(earlier.max())) + 1)
+        half_lives = steps.times_ms / (config.half_life_seconds * 1_000.0)
+        whole = np.floor(half_lives)
+        self._reach(int(whole.max()))
+        # The power of the landmark is one of two apart from the rest: moving it rounds nothing.
+        fraction, exponents = np.exp2(half_lives - whole), (whole - (self._landmark or 0)).astype(np.int32)
+        known = rows >= 0
+        np.add.at(self._actions, rows[known], np.ldexp(fraction, exponents)[known])
+        fading = config.fading ** np.arange(hashes.shape[1])
+        weights = np.ldexp((fraction[:, None] * fading).astype(np.float32), exponents[:, None])
+        step, place = np.nonzero((earlier >= 0) & known[:, None] & (weights > 0))
+        self._add(earlier[step, place], rows[step], weights[step, place])
+
+    def followers(self, row: int, now_ms: int) -> dict[int, float]:
+        """Return the rows that follow one row and their decayed weights at ``now_ms``, errors taken off."""
+        if not 0 <= row < len(self._followers):
+            return {}
+        held = np.flatnonzero(self._weights[row])
+        found = (self._weights[row, held] - self._errors[row, held]) * self._decay(now_ms)
+        return dict(zip(self._followers[row, held].tolist(), found.tolist(), strict=True))
+
+    def candidates(self, liked: I32, now_ms: int, most: int) -> I32:
+        """Return what follows the liked items of each request, strongest first, int32 [B, ≤ most], padded with -1.
+
+        ``liked`` int32 [B, R], newest first, -1 for none. Strength: Σ fading^n · w(a → b) / √N(a) / N(b)^α over the
+        n-th liked items a, with N the decayed actions on an item and the prior; at α = 0.5 the cosine of Sarwar et al.
+        (Item-based collaborative filtering, WWW 2001, section 3.1.1) and Linden, Smith and York (Amazon.com
+        recommendations, IEEE Internet Computing 2003), so that what everybody acts on is no one's neighbour. A request
+        gets the same alone and in any batch.
+        """
+        batch, size = len(liked), len(self._followers)
+        rank = np.cumsum(liked >= 0, axis=1) - 1
+        request, place = np.nonzero((liked >= 0) & (liked < size))
+        if not len(request) or most <= 0:
+            return np.full((batch, 0), -1, np.int32)
+        rows, decay, config = liked[request, place], self._decay(now_ms), self.config
+        pair, slot = np.nonzero(self._weights[rows])
+        found = self._followers[rows[pair], slot]
+        held = (self._weights[rows[pair], slot] - self._errors[rows[pair], slot]).astype(np.float64) * decay
+        own = config.fading ** rank[request, place] / np.sqrt(self._actions[rows] * decay + config.prior)
+        strength = held * own[pair] / (self._actions[found] * decay + config.prior) ** config.popularity_exponent
+        keys, inverse = np.unique((request[pair] << 32) | found, return_inverse=True)
+        # Added in the order of a request's own liked items, whoever else is in the batch.
+        total = np.bincount(inverse, strength, len(keys))
+        request, found = keys >> 32, (keys & 0xFFFFFFFF).astype(np.int32)
+        order = np.lexsort((found, -total, request))
+        order = order[total[order] > 0]
+        request, found = request[order], found[order]
+        position = np.arange(len(found)) - np.searchsorted(request, request)
+        kept = position < most
+        out = np.full((batch, int(position[kept].max(initial=-1)) + 1), -1, np.int32)
+        out[request[kept], position[kept]] = found[kept]
+        return out
+
+    def _add(self, items: I32, followers: I32, weights: F32) -> None:
+        """Add pairs [n] in their order, each item's one after another, different items side by side."""
+        _, order, bounds = rounds(items.astype(np.intp))
+        items, followers, weights = items[order], followers[order], weights[order]
+        for start, end in pairwise(bounds):
+            item, follower = items[start:end], followers[start:end]
+            held = self._weights[item]
+            same = (self._followers[item] == follower[:, None]) & (held > 0)
+            known = same.any(axis=1)
+            # A free place has no weight: it is the weakest.
+            place = np.where(known, same.argmax(axis=1), held.argmin(axis=1))
+            before = held[np.arange(len(item)), place]
+            self._weights[item, place] = before + weights[start:end]
+            self._errors[item, place] = np.where(known, self._errors[item, place], before)
+            self._followers[item, place] = follower
+
+    def _decay(self, now_ms: int) -> float:
+        """Return what a weight at the landmark is at ``now_ms``."""
+        exponent = (self._landmark or 0) - now_ms / (self.config.half_life_seconds * 1_000.0)
+        return float(np.exp2(np.clip(exponent, -1_000.0, 1_000.0)))
+
+    def _reach(self, half_lives: int) -> None:
+        """Move the landmark where weights of that time would come near to the largest float."""
+        if self._landmark is None:
+            self._landmark = half_lives
+        if half_lives - self._landmark <= _REACH:
+            return
+        moved = self._landmark - half_lives
+        self._landmark = half_lives
+        for held in (self._weights, self._errors, self._actions):
+            np.ldexp(held, max(moved, -2_000), out=held)
+
+    def _grow(self, rows: int) -> None:
+        missing = rows - len(self._followers)
+        if missing <= 0:
+            return
+        more = max(missing, round(rows * SPARE) - len(self._followers))
+        shape = (more, self.config.neighbours)
+        self._followers = np.concatenate([self._followers, np.full(shape, -1, np.int32)])
+        self._weights = np.concatenate([self._weights, np.zeros(shape, np.float32)])
+        self._errors = np.concatenate([self._errors, np.zeros(shape, np.float32)])
+        self._actions = np.concatenate([self._actions, np.zeros(more)])
+
+
+def _front(kept: npt.NDArray[np.bool_]) -> npt.NDArray[np.intp]:
+    """Return the order [n, R] that brings what is kept to the front of each row, else leaving it as it is."""
+    return np.argsort(~kept, axis=1, kind="stable")
+
+
+def _packed(items: U64) -> U64:
+    """Return items [n, R] without the zeros between them."""
+    return np.take_along_axis(items, _front(items != 0), axis=1)
+
+
+def _move_to_front(held: U64, codes: npt.NDArray[np.uint8], items: U64, actions: npt.NDArray[np.uint8]) -> None:
+    """Enter one action into each ring [n, R], in place, as models.user_state does."""
+    there = held == items[:, None]
+    known = there.any(axis=1)
+    where = np.where(known, there.argmax(axis=1), RECENT - 1)
+    each, place = np.arange(len(items)), np.arange(RECENT)
+    keeps = known & ((actions & LABELLED) == 0)
+    newest = np.where(keeps, codes[each, where], actions)
+    source = place - (place <= where[:, None])
+    source[:, 0] = 0
+    held[:] = held[each[:, None], source]
+    codes[:] = codes[each[:, None], source]
+    held[:, 0], codes[:, 0] = items, newest
