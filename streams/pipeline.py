@@ -16,6 +16,7 @@ import numpy.typing as npt
 import structlog
 
 from models.catalogue import Catalogue
+from models.co_clicks import CoClicks, Steps, steps_of
 from models.counters import ItemCounters
 from models.errors import RecordError
 from models.events import Action, Impression, Recommendation, Request, Trigger
@@ -160,6 +161,9 @@ class Pipeline:
         self._stage_seconds = {"retrieve": 0.0, "rank": 0.0}
         self._stage_began = 0.0
         recommender.on_stage = self._on_stage
+        self.co_clicks: CoClicks | None = None
+        """What users act on after what; None where no surface has that source."""
+        self._keep_co_clicks(settings)
         # The first is that of events which name none.
         self._surfaces = surface_names(default, settings.recommender.surfaces, settings.user_state)
         self.labels = LabelsWriter(settings, epoch, self._surfaces)
@@ -187,6 +191,16 @@ class Pipeline:
         self._recommender.reconfigure(settings.recommender)
         self._features.reconfigure(settings)
         self._has_drawn_slots = settings.recommender.draws_slots
+        self._keep_co_clicks(settings)
+
+    def _keep_co_clicks(self, settings: Settings) -> None:
+        """Have pairs to learn where a surface wants them: those held, unless they are kept in another way now."""
+        wanted = settings.recommender
+        if not wanted.uses_co_clicks:
+            self.co_clicks = None
+        elif self.co_clicks is None or self.co_clicks.config != wanted.co_clicks:
+            self.co_clicks = CoClicks(wanted.co_clicks, self._catalogue.index)
+        self._recommender.co_clicks = self.co_clicks
 
     def prepare(
         self,
@@ -196,7 +210,7 @@ class Pipeline:
         texts: TextVectors,
         now_ms: int,
     ) -> Prepared:
-        """Process accepted events in order; nothing is changed but the counters, which have a guard of their own."""
+        """Process accepted events in order; nothing is changed but counters and pairs, which apply no event twice."""
         prepared = Prepared()
         started = time.perf_counter()
         done: list[tuple[Decoded, Outcome]] = []
@@ -234,7 +248,7 @@ class Pipeline:
         if not span:
             return
         try:
-            rows, outcomes, before, impressions, closings = self._new_rows(span, read_row, prepared.rows)
+            rows, outcomes, before, impressions, closings, steps = self._new_rows(span, read_row, prepared.rows)
         except Exception as error:
             if len(span) > 1:
                 middle = len(span) // 2
@@ -251,6 +265,8 @@ class Pipeline:
         prepared.rows.update(rows)
         prepared.closings.add(closings)
         prepared.shown.add(span, outcomes, before, impressions)
+        if self.co_clicks is not None and steps is not None:
+            self.co_clicks.learn(steps)
         for decoded, outcome in zip(span, outcomes, strict=True):
             kind = Outcome(outcome)
             done.append((decoded, kind))
@@ -260,8 +276,8 @@ class Pipeline:
 
     def _new_rows(
         self, span: Sequence[Decoded], read_row: RowReader, overlay: Mapping[RowKey, bytes]
-    ) -> tuple[dict[RowKey, bytes], npt.NDArray[np.int8], Rows, npt.NDArray[np.intp], Closings]:
-        """Return values after ``span``, what each event did, rows before its impressions, their places, and labels.
+    ) -> tuple[dict[RowKey, bytes], npt.NDArray[np.int8], Rows, npt.NDArray[np.intp], Closings, Steps | None]:
+        """Return values after ``span``, what each event did, rows before its impressions, their places, labels, steps.
 
         Raises RowError for a value that cannot be read.
         """
@@ -311,7 +327,8 @@ class Pipeline:
             outcomes.tolist(),
             overlay,
         )
-        return values, outcomes, before, impressions, closings
+        steps = steps_of(old, events, outcomes) if self.co_clicks is not None else None
+        return values, outcomes, before, impressions, closings, steps
 
     def _slates(
         self,
@@ -383,21 +400,39 @@ class Pipeline:
         return requests + list(actions.values())
 
     def _recommend(self, values: Sequence[bytes | None], requests: Sequence[SlateRequest], now_ms: int) -> list[Slate]:
-        """Rank; where our code fails, each request alone, and the fallback for those that fail again."""
+        """Rank; where our code fails, each arm apart, then each request, and the fallback for those that fail again."""
         rows = decode_rows(values)
+        ranked = self._ranked(rows, requests, now_ms)
+        if ranked is not None:
+            return ranked
+        # A bundle that one arm tries out must not cost all others their batch.
+        arms: dict[str | None, list[int]] = {}
+        for place, request in enumerate(requests):
+            arms.setdefault(request.arm, []).append(place)
+        slates: dict[int, Slate] = {}
+        for places in arms.values() if len(arms) > 1 else ():
+            ranked = self._ranked(rows, [requests[place] for place in places], now_ms)
+            slates.update(zip(places, ranked or (), strict=ranked is not None))
+        return [
+            slates[place] if place in slates else self._alone(rows, request, now_ms)
+            for place, request in enumerate(requests)
+        ]
+
+    def _ranked(self, rows: npt.NDArray[np.void], requests: Sequence[SlateRequest], now_ms: int) -> list[Slate] | None:
+        """Return the slates of requests, None where our code fails."""
         try:
             return self._recommender.recommend(rows, requests, now_ms)
         except Exception:
             self._metrics.processing_errors.labels("rank").inc()
-            log.exception("ranking_failed", requests=len(requests))
-        slates: list[Slate] = []
-        for request in requests:
-            try:
-                slates += self._recommender.recommend(rows, [request], now_ms)
-            except Exception:
-                self._metrics.slates_degraded.labels("ranking-error").inc()
-                slates.append(self._fallback(rows, request, now_ms))
-        return slates
+            log.exception("ranking_failed", requests=len(requests), arm=requests[0].arm)
+            return None
+
+    def _alone(self, rows: npt.NDArray[np.void], request: SlateRequest, now_ms: int) -> Slate:
+        try:
+            return self._recommender.recommend(rows, [request], now_ms)[0]
+        except Exception:
+            self._metrics.slates_degraded.labels("ranking-error").inc()
+            return self._fallback(rows, request, now_ms)
 
     def _fallback(self, rows: npt.NDArray[np.void], request: SlateRequest, now_ms: int) -> Slate:
         try:
