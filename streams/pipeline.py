@@ -424,7 +424,7 @@ class Pipeline:
             return self._recommender.recommend(rows, requests, now_ms)
         except Exception:
             self._metrics.processing_errors.labels("rank").inc()
-            log.exception("ranking_failed", requests=len(requests), arm=requests[0].arm)
+            log.exception("ranking_failed", requests=len(requests), arms=sorted({r.arm or "" for r in requests}))
             return None
 
     def _alone(self, rows: npt.NDArray[np.void], request: SlateRequest, now_ms: int) -> Slate:
