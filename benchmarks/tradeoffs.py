@@ -385,8 +385,8 @@ def table(rows: Sequence[Row], view: View) -> Table:
     return made
 
 
-def main() -> int:
-    """Print a table for each view; return 0, or 2 where the log or an option cannot be used."""
+def options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Return what the command line asks for; ``arguments`` None: this process's own."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("kind", choices=("ebnerd", "mind", "jsonl"))
     parser.add_argument("paths", type=Path, nargs="+")
@@ -399,7 +399,12 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path, help="picture, PNG")
-    args = parser.parse_args()
+    return parser.parse_args(arguments)
+
+
+def main() -> int:
+    """Print a table for each view; return 0, or 2 where the log or an option cannot be used."""
+    args = options()
     torch.set_num_threads(1)
     began = time.monotonic()
     try:

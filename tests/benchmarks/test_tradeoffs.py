@@ -1,4 +1,4 @@
-"""What of the benchmark of diversity is pure: the grid, nDCG of a slate, the figures of a tally."""
+"""The benchmark of diversity: the grid, nDCG of a slate, the figures of a tally; and all of it on a small log."""
 
 from __future__ import annotations
 
@@ -6,9 +6,12 @@ import math
 
 import pytest
 
-from benchmarks.tradeoffs import OFF, Setting, Tally, figures, grid, ndcg
+from benchmarks.tradeoffs import OFF, Row, Setting, Tally, figures, grid, measure, ndcg, options
+from benchmarks.tradeoffs_plot import draw
 from models.diversity import DiversityConfig
 from models.surfaces import SurfaceConfig
+from tests.trainer.replay_logs import START_MS, Written, write_log
+from trainer.progress import silent
 from trainer.replay_slates import Popularity
 
 POPULARITY = Popularity({"a": 9, "b": 1}, ["a", "b", "c", "d", "e"])
@@ -96,3 +99,64 @@ def test_tail_share_is_of_places_beyond_the_most_clicked_fifth() -> None:
 
     assert found["tail_share"] == 0.5
     assert math.isnan(found["intra_list_diversity"])
+
+
+Found = dict[tuple[str, str, str, float], Row]
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> list[Row]:
+    """Forty dated items of two kinds, with vectors by kind; each half hour another item is what all click."""
+    items = [
+        {
+            "item_id": f"i{n}",
+            "title": "",
+            "categories": ["even" if n % 2 == 0 else "odd"],
+            "published_at": START_MS - 1_000 * n,
+            "embedding": [1.0, 0.01 * n] if n % 2 == 0 else [0.01 * n, 1.0],
+        }
+        for n in range(40)
+    ]
+    folder = tmp_path_factory.mktemp("fashions")
+    write_log(folder, *Written.fashions(hours=16, scored_hours=6), items=items)
+    parts = [str(folder / name) for name in ("train", "scored")]
+    args = options(["jsonl", *parts, "--slates", "40", "--no-texts"])
+    return list(measure(args, folder, silent))
+
+
+@pytest.fixture
+def found(rows: list[Row]) -> Found:
+    return {(row.view, row.score, row.knob, row.strength): row for row in rows}
+
+
+def test_a_log_with_vectors_categories_and_dates_meets_every_knob_in_both_views(rows: list[Row]) -> None:
+    slate = {(row.score, row.knob) for row in rows if row.view == "slate"}
+    shown = {(row.score, row.knob) for row in rows if row.view == "shown"}
+
+    knobs = {"popularity_debias", "sameness", "max_per_category", "fresh_slots"}
+    assert slate == {(score, knob) for score in ("hand", "model") for knob in knobs}
+    assert {knob for _, knob in shown} == knobs - {"fresh_slots"}
+
+
+def test_all_off_costs_nothing(found: Found) -> None:
+    off = found["slate", "model", OFF.knob, 0.0]
+
+    assert (off.cost.low, off.cost.mean, off.cost.high) == (0.0, 0.0, 0.0)
+    assert off.impressions == 40
+
+
+def test_where_all_click_what_is_popular_debiasing_costs_beyond_chance(found: Found) -> None:
+    assert found["slate", "hand", "popularity_debias", 1.0].cost.high < 0
+    assert found["shown", "hand", "popularity_debias", 1.0].cost.high < 0
+
+
+def test_sameness_makes_the_first_places_less_alike(found: Found) -> None:
+    alike, unlike = found["shown", "hand", OFF.knob, 0.0], found["shown", "hand", "sameness", 0.7]
+
+    assert unlike.intra_list_diversity > alike.intra_list_diversity + 0.05
+
+
+def test_the_picture_is_a_png(rows: list[Row]) -> None:
+    pytest.importorskip("matplotlib", reason="pictures are an extra")
+
+    assert draw("What more diverse slates cost", rows).startswith(b"\x89PNG")
