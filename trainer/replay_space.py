@@ -25,7 +25,8 @@ from trainer.progress import Show
 from trainer.replay_log import POSITIVE_ACTIONS
 from trainer.replay_models import ItemVectors
 from trainer.scoring import encode_items
-from trainer.space_learning import SpaceConfig, enough_histories, learn_space
+from trainer.space_files import keep_space, kept_space
+from trainer.space_learning import SpaceConfig, enough_histories, learn_space, space_id
 
 CACHE_BYTES: Final = 4 << 30
 
@@ -97,7 +98,12 @@ def learned(items: ItemVectors, histories: dict[str, list[int]], config: SpaceCo
     """Return the same items in a space learned from histories, with the scorer that was learned with it."""
     encoder = items.load_encoder()
     start = StartingPoint(items.space, encoder)
-    found = learn_space(histories, items.texts, start, config, cache_folder=items.cache, on_progress=show).start
+    name = space_id(histories, items.texts, start, config)
+    found = None if items.cache is None else kept_space(items.cache, name, start)
+    if found is None:
+        found = learn_space(histories, items.texts, start, config, cache_folder=items.cache, on_progress=show).start
+        if items.cache is not None:
+            keep_space(items.cache, found)
     encodings: ItemEncodings = items.encodings
     if found.delta is not None:
         cache = OutputCache(items.cache, CACHE_BYTES)

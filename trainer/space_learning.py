@@ -154,9 +154,9 @@ def learn_space(
         )
     used = {item: texts[item] for items in kept.values() for item in items}
     seed = config.history_rates.seed
+    name = space_id(histories, texts, start, config)
     if start.scorer is None:
         start = replace(start, scorer=first_scorer(start.space.dim, seed), features=FeatureConfig())
-    name = _space_id(kept, used, start, config)
     rates = config.history_rates.model_copy(update={"encoder": "frozen"})
     other = rates.model_copy(update={"seed": seed + LEG_SEEDS})
     learned = LearnedSpace(start if warm is None else warm, start if warm is None else warm)
@@ -221,14 +221,20 @@ def with_features(start: StartingPoint, impressions: TrainingSet) -> StartingPoi
     return replace(start, scorer=CtrScorer(start.scorer.config, tensors), features=features)
 
 
-def _space_id(
+def space_id(
     histories: Mapping[str, Sequence[int]], texts: Mapping[int, str], start: StartingPoint, config: SpaceConfig
 ) -> str:
+    """Return the id of the space that ``learn_space`` makes of these: it tells all that it was learned from."""
     digest = hashlib.blake2b(digest_size=6)
     for part in (start.space.space_id, start.space.encoder_id, config.model_dump_json()):
         digest.update(part.encode() + b"\0")
-    for user, items in sorted(histories.items()):
+    if start.scorer is not None:
+        for name, tensor in sorted(start.scorer.tensors.items()):
+            digest.update(name.encode() + b"\0" + tensor.tobytes())
+    used = set[int]()
+    for user, items in sorted(learnable(histories, texts, config.history_items).items()):
         digest.update(user.encode() + b"\0" + np.array(items, np.uint64).tobytes())
-    for item, text in sorted(texts.items()):
-        digest.update(item.to_bytes(8, "little") + text.encode() + b"\0")
+        used.update(items)
+    for item in sorted(used):
+        digest.update(item.to_bytes(8, "little") + texts[item].encode() + b"\0")
     return f"{PREFIX}{digest.hexdigest()}"

@@ -15,7 +15,7 @@ from tests.trainer.test_space_learning import CONFIG
 from trainer.replay import ReplayConfig, ReplayResult, item_vectors, replay
 from trainer.replay_log import survey_log
 from trainer.replay_models import ItemVectors
-from trainer.replay_space import Histories, learned_spaces
+from trainer.replay_space import Histories, learned, learned_spaces
 
 GROUPS = (
     ("salmon", "Tuesday", "violin", "concrete", "purple", "Norway", "algebra", "umbrella"),
@@ -133,3 +133,30 @@ def test_a_trained_encoder_encodes_the_items_anew(readers: Written, tmp_path: Pa
 def test_a_cache_folder_keeps_the_encodings(readers: Written, tmp_path: Path) -> None:
     replay(readers, ReplayConfig(slates=0, modes=("live",), histories="off"), encoder=EncoderConfig(), cache=tmp_path)
     assert list(tmp_path.glob("*/*.index.npy"))
+
+
+@pytest.mark.parametrize("encoder", ["frozen", "top"])
+def test_a_learned_space_is_read_the_next_time_and_is_the_same(readers: Written, tmp_path: Path, encoder: str) -> None:
+    items, config = vectors(readers, tmp_path), CONFIG.with_encoder(encoder)
+    known = histories_of(readers, 4 * HOUR).arrived(START_MS + 4 * HOUR, 0)
+    first = learned(items, known, config, lambda *_: None)
+    steps: list[str] = []
+    second = learned(items, known, config, lambda step, done, total: steps.append(step))
+    assert "histories" not in steps
+    assert second.space.same_as(first.space)
+    assert second.space.space_id == first.space.space_id
+    assert np.array_equal(second.encodings.base, first.encodings.base)
+    assert first.scorer is not None
+    assert second.scorer is not None
+    assert all(np.array_equal(second.scorer.tensors[n], t) for n, t in first.scorer.tensors.items())
+
+
+def test_a_kept_space_that_cannot_be_read_is_learned_again(readers: Written, tmp_path: Path) -> None:
+    items = vectors(readers, tmp_path)
+    known = histories_of(readers, 4 * HOUR).arrived(START_MS + 4 * HOUR, 0)
+    first = learned(items, known, CONFIG, lambda *_: None)
+    (tmp_path / first.space.space_id / "start.safetensors").write_bytes(b"half")
+    steps: list[str] = []
+    again = learned(items, known, CONFIG, lambda step, done, total: steps.append(step))
+    assert "histories" in steps
+    assert again.space.same_as(first.space)
