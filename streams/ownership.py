@@ -87,6 +87,7 @@ class Ownership:
         gc.collect()
         gc.freeze()
         worker.owned_generation = generation
+        worker.fill_co_clicks(partitions)
         worker.become_ready()
         log.info("ready", partitions=sorted(partitions), rows=sum(len(worker.rows.rows_of(p)) for p in partitions))
 

@@ -28,6 +28,7 @@ from models.user_state import UserReader
 from streams import faust_patches
 from streams.app import build
 from streams.catalogue_mirror import CatalogueMirror
+from streams.co_click_fill import CoClickFill
 from streams.dead_letters import DeadLetters
 from streams.decode import Decoded, Message
 from streams.exit_codes import ExitCode, exit_code
@@ -218,6 +219,7 @@ class Worker:
         self.ownership = Ownership(self)
         self.app: Any = build(settings, self.names, self._agent, self.ownership.take_over, self.fail)
         self.rows = UserRows(settings, self.app.tables[TABLE_NAME].data, self.names.user_table_changelog)
+        self.co_click_fill = CoClickFill(self.rows.rows_of, self.state)
         self.maintenance = Maintenance(self)
         self.mirrors = (
             self.catalogue_mirror.items,
@@ -233,6 +235,7 @@ class Worker:
         self._spawn(self.model_status.run(), "model status")
         self._spawn(self.item_stats.run(), "item-stats")
         self._spawn(self.settings_watch.run(), "settings")
+        self._spawn(self.co_click_fill.run(), "co-clicks")
         self._spawn(self._tick(), "tick")
         self._spawn(self.maintenance.watch_commits(), "commit watchdog")
         self._spawn(self.maintenance.report(), "metrics")
@@ -334,7 +337,12 @@ class Worker:
     async def _use_settings(self, settings: Settings) -> None:
         async with self.batch_in_work:
             await self.state.run(self.pipeline.reconfigure, settings)
+            self.fill_co_clicks(self.rows.partitions)
         self.models.name_arms(settings.recommender.experiment.bundles)
+
+    def fill_co_clicks(self, partitions: set[int]) -> None:
+        """Have the pairs learned that rows of ``partitions``, all that are owned, hold; while no event is processed."""
+        self.co_click_fill.follow(self.pipeline.co_clicks, partitions, time.time_ns() // 1_000_000)
 
     def _parts(self, events: Sequence[Any]) -> list[list[Any]]:
         """Split a batch so that each suspect of an earlier death is alone."""
