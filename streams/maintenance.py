@@ -305,6 +305,8 @@ class Maintenance:
             metrics.table_bytes.set(sum(worker.rows.row_bytes.values()))
             metrics.counter_backlog.set(worker.item_stats.backlog)
             metrics.counter_dropped.set(worker.counters.dropped_touches)
+            metrics.context_values.set(worker.pipeline.contexts.dropped_values)
+            metrics.context_items.set(worker.pipeline.contexts.dropped_items)
             metrics.counter_refused.set(worker.item_stats.refused_records)
             metrics.index_items.set(len(worker.model.vector_index))
             metrics.catalogue_items.set(len(worker.catalogue))

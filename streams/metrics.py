@@ -152,6 +152,16 @@ class Metrics:
             "Counts of unknown items left out since the start: counters.max_unknown_items is reached.",
             registry=registry,
         )
+        self.context_values = Gauge(
+            "millstream_context_dropped_values",
+            "Values of context keys given up since the start: recommender.popularity_context_values is reached.",
+            registry=registry,
+        )
+        self.context_items = Gauge(
+            "millstream_context_dropped_items",
+            "Items of such values given up since the start: recommender.popularity_context_items is reached.",
+            registry=registry,
+        )
         self.counter_refused = Gauge(
             "millstream_counter_refused_records", "Unreadable item-stats records since the start.", registry=registry
         )
