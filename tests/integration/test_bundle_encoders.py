@@ -26,7 +26,7 @@ from streams import encoder_process, topics
 from streams.broker import free_ports
 from streams.kafka_clients import new_producer
 from streams.query_client import QueryEncoderClient
-from streams.settings import Settings
+from streams.settings import CONFIG_FILE_VARIABLE, Settings
 from streams.topics import TopicNames
 from tests.integration.conftest import (
     REPOSITORY,
@@ -174,6 +174,32 @@ async def test_encodings_of_an_encoder_without_a_role_go_and_come_back_with_the_
         await stage.announce("candidate", "v1")
         await stage.wait_encoded(both)
         assert len(loaded) == 2, "it was freed meanwhile"
+
+
+ARM = """
+[recommender.experiment]
+name = "encoders"
+[recommender.experiment.arms.trial]
+share = 0.5
+bundle = "v1"
+"""
+
+
+async def test_encodings_for_a_bundle_that_an_arm_names_come_and_go_with_the_settings_file(
+    stage: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "millstream.toml"
+    file.write_text("")
+    monkeypatch.setenv(CONFIG_FILE_VARIABLE, str(file))
+    delta = tiny_delta()
+    stage.publish("v1", delta, BASE_DIM)
+    await publish(stage.producer, stage.settings, Item(item_id="a", title="red apple"))
+    async with tuned(stage, WordEncoder()):
+        await stage.wait_encoded({(BASE, "a")})
+        file.write_text(ARM)
+        await stage.wait_encoded({(BASE, "a"), (delta.encoder_id, "a")})
+        file.write_text("")
+        await stage.wait_encoded({(BASE, "a")})
 
 
 async def test_a_restarted_process_loads_the_encoder_and_encodes_nothing_again(stage: Models) -> None:
