@@ -25,7 +25,17 @@ from models.trending import Lists
 
 I8 = npt.NDArray[np.int8]
 
-SOURCES: Final = (*TASTES, "popular", "candidates", "pinned", "fresh", "trending", "trending_category", "co_click")
+SOURCES: Final = (
+    *TASTES,
+    "popular",
+    "candidates",
+    "pinned",
+    "fresh",
+    "trending",
+    "trending_category",
+    "co_click",
+    "popular_context",
+)
 """Names of the sources of a candidate, by code; the first ones are the tastes, in their order."""
 POPULAR: Final = len(TASTES)
 GIVEN: Final = POPULAR + 1
@@ -34,6 +44,7 @@ FRESH: Final = PINNED + 1
 TREND: Final = FRESH + 1
 TREND_OF_CATEGORY: Final = TREND + 1
 CO_CLICK: Final = TREND_OF_CATEGORY + 1
+POPULAR_CONTEXT: Final = CO_CLICK + 1
 MAX_COLUMNS: Final = 1 << 16
 ALIKE: Final = 0.95
 """Cosine from which the short-term and the long-term vector count as one."""
@@ -229,6 +240,13 @@ class Quotas(BaseModel):
     co_click: float = Field(
         0.0, ge=0, le=100, description="Turns of what users act on after the items that this user acted on last."
     )
+    popular_context: float = Field(
+        0.5,
+        ge=0,
+        le=100,
+        description="With popularity_context: turns of what is most popular in the request's context. 0: this surface "
+        "does not look at contexts.",
+    )
 
     @property
     def has_lists(self) -> bool:
@@ -237,7 +255,7 @@ class Quotas(BaseModel):
 
 
 Source = tuple[int, I32, float]
-"""Code, rows int32 [B, n] best first, turns."""
+"""Code, rows int32 [B, n] best first, turns; infinite ones: before all others."""
 
 
 def listed(lists: Lists, quotas: Quotas, catalogue: Catalogue, liked: I32, width: int) -> list[Source]:
@@ -289,7 +307,10 @@ def merge(
     each = [(v, found[:, v], np.arange(per_taste) / quotas.vectors) for v in used]
     shared = np.broadcast_to(popular, (batch, len(popular)))
     each.append((POPULAR, shared, np.arange(len(popular)) / quotas.popular + 0.5))
-    each += [(code, rows, np.arange(rows.shape[1]) / turns + 0.75) for code, rows, turns in others]
+    each += [
+        (code, rows, np.arange(rows.shape[1]) / turns + (0.75 if math.isfinite(turns) else -1.0))
+        for code, rows, turns in others
+    ]
     rows = np.concatenate([part for _, part, _ in each], axis=1).astype(np.int64)
     ranks = np.concatenate([rank for _, _, rank in each])
     sources = np.concatenate([np.full(part.shape[1], code, np.int64) for code, part, _ in each])

@@ -319,6 +319,10 @@ class ItemCounters:
         bounded: Float32 = np.clip(ctr, 1e-7, 1 - 1e-6).astype(np.float32)
         return bounded
 
+    def grand_total(self, kind: int, half_life_index: int, now_ms: int) -> float:
+        """Return the decayed count of a kind over all items at ``now_ms``."""
+        return float(self._grand[half_life_index * KINDS + kind] * self._decay(now_ms)[half_life_index])
+
     def top(self, n: int, now_ms: int, half_life_index: int, kind: int, mask: Bool | None = None) -> Int32:
         """Return the rows of the ``n`` items with the greatest decayed count, greatest first, int32 [≤ n].
 

@@ -92,6 +92,13 @@ class RankingConfig(BaseModel):
         le=1_000,
         description="With a CTR model: log-odds added for each unit of similarity to the profile text.",
     )
+    context_log_odds: float = Field(
+        0.5,
+        ge=0,
+        le=10,
+        description="With a CTR model, which does not know contexts, and popularity_context: log-odds added for each "
+        "unit of the logarithm of how much more an item is acted on in the request's context than overall.",
+    )
     half_trust_exposure: float = Field(
         0.0,
         ge=0,

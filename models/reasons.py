@@ -11,7 +11,17 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from models.candidates import CO_CLICK, FRESH, GIVEN, PINNED, POPULAR, SOURCES, TREND, TREND_OF_CATEGORY
+from models.candidates import (
+    CO_CLICK,
+    FRESH,
+    GIVEN,
+    PINNED,
+    POPULAR,
+    POPULAR_CONTEXT,
+    SOURCES,
+    TREND,
+    TREND_OF_CATEGORY,
+)
 from models.catalogue import Catalogue
 from models.events import ACTIONS, Reason, RecommendedItem
 from models.ranking import F32, I32, LONG_TERM, PROFILE, QUERY, SHORT_TERM, Bools
@@ -155,6 +165,7 @@ class Reasons:
             PINNED: Reason(kind=PICKED, text=texts.pinned),
             FRESH: self._newest,
             TREND: self._trending,
+            POPULAR_CONTEXT: self._trending,
             CO_CLICK: Reason(kind=BECAUSE_CLICKED, text=texts.co_click),
         }
 

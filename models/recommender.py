@@ -32,9 +32,10 @@ from models.candidates import (
 )
 from models.catalogue import Catalogue
 from models.co_clicks import CoClicks
+from models.context_lists import BatchLeanings, ContextLists
 from models.counters import CLICKS, ItemCounters
 from models.diversity import debiased, diverse
-from models.events import MAX_K, Filters, Reason, RecommendedItem, epoch_ms
+from models.events import MAX_K, Reason, RecommendedItem
 from models.exploration import RANDOMISED, draw
 from models.fresh_slots import Drawn, FreshPool, draw_slots, place
 from models.hashing import hash64
@@ -69,7 +70,7 @@ from models.ranking import (
 from models.reason_texts import TEXTS
 from models.reasons import NEW, TRENDING, Winners, assemble, looked_at, nearest_liked
 from models.retrieval import VectorIndex
-from models.rules import RulesConfig, fits_filters
+from models.rules import plainly_servable
 from models.serving import Scored, ServingModel
 from models.slates import Slate as Slate
 from models.slates import SlateRequest as SlateRequest
@@ -108,6 +109,8 @@ class Recommender:
         self.on_stage = on_stage or _no_stage
         self.co_clicks = co_clicks
         """What the source co_click reads; None: that source finds nothing."""
+        self.contexts: ContextLists | None = None
+        """What is popular by context; None: that is not counted."""
         self._plans: list[Plan] = []
         self._numbers: dict[tuple[str | None, str | None], int] = {}
         self._fresh: dict[int, FreshPool] = {}
@@ -160,6 +163,8 @@ class Recommender:
             self.config.popularity_half_life_index,
         )
         self._refreshed_at_ms = now_ms
+        if self.contexts is not None:
+            self.contexts.forget()
         self._fresh.clear()
         self._lists = None
 
@@ -267,6 +272,7 @@ class Recommender:
         ks = np.array([self._k(r) for r in batch], np.int64)
         tastes, active = self._tastes(states, batch, ranking, now_ms)
         past = past_of(self._users, states, self._catalogue.index, now_ms, ranking)
+        leanings = self._leanings(batch, plan, now_ms)
         refuse = Refusal(self._catalogue, batch, None if given else past.unwanted, now_ms, plan.rules)
         pinned = self._pinned(batch, plan) if plan.rules.pinned and not given else None
         fresh = self._draw_fresh(batch, number, refuse, ks, now_ms) if plan.fresh_slots.slots and not given else None
@@ -275,6 +281,7 @@ class Recommender:
         else:
             found = search_tastes(self._vector_index, tastes, active, max(1, 3 * width // 4))
             others = self._others(plan.quotas, past, width, now_ms)
+            others += leanings.sources(active, plan.quotas.popular_context, width) if leanings is not None else []
             pool = merge(found, active, self._popular.rows, width, refuse, plan.quotas, others)
             self._complete(pool, ks, tastes, active, refuse, plan, now_ms)
         if pinned is not None:
@@ -282,7 +289,7 @@ class Recommender:
         if fresh is not None:
             pin(pool, fresh.rows, fresh.rows < 0, FRESH)
         self.on_stage("retrieve")
-        scored = self._score(states, pool, tastes, past, plan, given, now_ms)
+        scored = self._score(states, pool, tastes, past, plan, given, now_ms, leanings)
         scores = self._adjust(scored.scores, pool, plan, now_ms)
         if given:
             scores -= is_in(pool.rows, past.unwanted) * UNWANTED_PENALTY
@@ -311,6 +318,11 @@ class Recommender:
         if quotas.co_click and self.co_clicks is not None:
             found.append(co_clicked(self.co_clicks, quotas, past.liked, width, now_ms))
         return found
+
+    def _leanings(self, batch: Sequence[SlateRequest], plan: Plan, now_ms: int) -> BatchLeanings | None:
+        if self.contexts is None or not plan.quotas.popular_context or not any(r.context for r in batch):
+            return None
+        return self.contexts.of([r.context for r in batch], self._popular, self.config, now_ms)
 
     def _draw_fresh(
         self,
@@ -429,17 +441,27 @@ class Recommender:
             ]
 
     def _score(
-        self, states: UserRows, pool: Pool, tastes: F32, past: Past, plan: Plan, given: bool, now_ms: int
+        self,
+        states: UserRows,
+        pool: Pool,
+        tastes: F32,
+        past: Past,
+        plan: Plan,
+        given: bool,
+        now_ms: int,
+        leanings: BatchLeanings | None,
     ) -> Scored:
         """Return the score of each candidate and its CTR, float32 [B, C]: by hand, or by the CTR model of the plan.
 
         A model's score is its log-odds, as far as they are believed where nobody named the candidates, with what it
-        does not know (query and profile) added; its CTR is the sigmoid of the log-odds alone. Raises ModelError where
-        one is not finite.
+        does not know (query, profile, context) added; its CTR is the sigmoid of the log-odds alone. Raises ModelError
+        where one is not finite.
         """
         ranking, (model, reader) = plan.ranking, self._scorer(plan)
         if model is None or model.scorer is None:
             features = self._gather(pool, tastes, past, now_ms)
+            if leanings is not None:
+                features.popularity = leanings.strength(pool.rows, self._popular)
             self.on_stage("gather")
             return Scored(score(features, ranking), features.ctr)
         times_ms = np.full(len(states), now_ms, np.int64)
@@ -456,6 +478,9 @@ class Recommender:
         # Named candidates were chosen: the order among what is shown is what the model learned.
         believed = log_odds if given else trusted_log_odds(log_odds, raw, ranking, model.features)
         scores = believed + wish_log_odds(item_vectors, tastes, ranking)
+        if leanings is not None and ranking.context_log_odds:
+            clicks = np.expm1(raw.counters[:, :, self.config.popularity_half_life_index, CLICKS].astype(np.float32))
+            scores += np.float32(ranking.context_log_odds) * leanings.lift(pool.rows, clicks)
         return Scored(scores, clip_ctr(probability(log_odds)), lambda rows: model.attention(raw, rows, recent_rows))
 
     def _gather(self, pool: Pool, tastes: F32, past: Past, now_ms: int) -> Features:
@@ -561,16 +586,6 @@ class Recommender:
             propensity=None,
             reason=Reason(TRENDING, texts.trending) if clicked else Reason(NEW, texts.newest),
         )
-
-
-def plainly_servable(catalogue: Catalogue, row: int, now_ms: int, filters: Filters | None, rules: RulesConfig) -> bool:
-    """Tell whether one item may be shown, by its record alone; the fallback's own check."""
-    if not 0 <= row < len(catalogue.in_catalogue) or not catalogue.in_catalogue[row] or catalogue.hidden[row]:
-        return False
-    item = catalogue.item(row)
-    if item is None or (item.expires_at is not None and epoch_ms(item.expires_at) <= now_ms):
-        return False
-    return (filters is None or fits_filters(item, filters)) and rules.allows(item, now_ms)
 
 
 def _no_stage(_: str) -> None:

@@ -146,3 +146,13 @@ def fits_filters(item: Item, filters: Filters) -> bool:
     if filters.min_price is not None and (item.price is None or item.price < filters.min_price):
         return False
     return filters.max_price is None or (item.price is not None and item.price <= filters.max_price)
+
+
+def plainly_servable(catalogue: Catalogue, row: int, now_ms: int, filters: Filters | None, rules: RulesConfig) -> bool:
+    """Tell whether one item may be shown, by its record alone; the fallback's own check."""
+    if not 0 <= row < len(catalogue.in_catalogue) or not catalogue.in_catalogue[row] or catalogue.hidden[row]:
+        return False
+    item = catalogue.item(row)
+    if item is None or (item.expires_at is not None and epoch_ms(item.expires_at) <= now_ms):
+        return False
+    return (filters is None or fits_filters(item, filters)) and rules.allows(item, now_ms)

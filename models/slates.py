@@ -28,6 +28,8 @@ class SlateRequest:
     profile_vector: F32 | None = None
     """float32 [D], of the profile text; used where the user has no vector of their own."""
     request: Request | None = None
+    context: tuple[int, ...] = ()
+    """Values by which popularity is counted (ContextPopularity.values_of); empty: of none."""
     arm: str | None = None
     """Arm of the user in the experiment that runs (models.experiments); None: none runs."""
     slot_seed: int | None = None

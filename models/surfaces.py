@@ -51,6 +51,27 @@ class RecommenderConfig(BaseModel):
         le=3,
         description="Which half-life of the counters popularity and CTR use; 0 is the first, shortest one.",
     )
+    popularity_context: tuple[str, ...] = Field(
+        (),
+        max_length=4,
+        description='Keys of the context of events by whose values popularity is counted too; "surface" is that of the '
+        "event. None: nothing is counted.",
+    )
+    popularity_context_prior: float = Field(
+        100.0,
+        gt=0,
+        le=1e6,
+        description="Decayed actions in a context at which its own popularity and that of all weigh the same.",
+    )
+    popularity_context_values: int = Field(
+        64, ge=1, le=10_000, description="Values of a key that are kept; up to twice as many are held."
+    )
+    popularity_context_items: int = Field(
+        500,
+        ge=10,
+        le=10_000,
+        description="Items of a value that are kept; up to twice as many are held, 200 bytes each: 25 MB a key.",
+    )
     refresh_seconds: float = Field(1.0, ge=0, le=600, description="Least time between two lists of popular items.")
     fallback_ctr: float = Field(
         0.01, gt=0, lt=1, description="CTR stated in a degraded slate for an item that is not in the popular list."
@@ -70,6 +91,12 @@ class RecommenderConfig(BaseModel):
     def _default_exists(self) -> RecommenderConfig:
         if self.default_surface not in self.surfaces:
             raise ValueError(f"default_surface {self.default_surface!r} is not one of the surfaces")
+        return self
+
+    @model_validator(mode="after")
+    def _keys_differ(self) -> RecommenderConfig:
+        if len(set(self.popularity_context)) < len(self.popularity_context):
+            raise ValueError("popularity_context names a key twice")
         return self
 
     @model_validator(mode="after")

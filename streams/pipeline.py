@@ -17,6 +17,8 @@ import structlog
 
 from models.catalogue import Catalogue
 from models.co_clicks import CoClicks, Steps, steps_of
+from models.context_lists import ContextLists
+from models.context_popularity import ContextPopularity
 from models.counters import ItemCounters
 from models.errors import RecordError
 from models.events import Action, Impression, Recommendation, Request, Trigger
@@ -164,6 +166,11 @@ class Pipeline:
         self.co_clicks: CoClicks | None = None
         """What users act on after what; None where no surface has that source."""
         self._keep_co_clicks(settings)
+        self.contexts = ContextPopularity(
+            settings.recommender, settings.counters, settings.user_state, self._catalogue.index
+        )
+        """What users act on by the values of context keys; without keys it costs nothing."""
+        recommender.contexts = ContextLists(self.contexts, catalogue, counters)
         # The first is that of events which name none.
         self._surfaces = surface_names(default, settings.recommender.surfaces, settings.user_state)
         self.labels = LabelsWriter(settings, epoch, self._surfaces)
@@ -188,6 +195,7 @@ class Pipeline:
     def reconfigure(self, settings: Settings) -> None:
         """Make slates by other settings from the next batch on; the surfaces are the same. In the state thread."""
         self._settings = settings
+        self.contexts.reconfigure(settings.recommender)
         self._recommender.reconfigure(settings.recommender)
         self._features.reconfigure(settings)
         self._has_drawn_slots = settings.recommender.draws_slots
@@ -222,6 +230,9 @@ class Pipeline:
             self._metrics.stage.labels("features").observe(time.perf_counter() - updated)
         counting = time.perf_counter()
         count(self._counters, accepted)
+        if self.contexts.keys:
+            for d in accepted:
+                self.contexts.add(d.partition, d.offset, d.event, min(d.time_ms, d.broker_ms))
         self._metrics.stage.labels("update").observe(updated - started + time.perf_counter() - counting)
         self._slates(done, read_row, read_profile, texts, now_ms, prepared)
         return prepared
@@ -362,6 +373,8 @@ class Pipeline:
                     self._metrics.slates_degraded.labels("query-not-encoded").inc()
             else:
                 request = SlateRequest(event.user_id, places[row_key], event.surface, profile_vector=profile)
+            if self.contexts.keys:
+                request.context = self.contexts.values_of(event)
             request.arm = self._settings.recommender.experiment.arm_of(event.user_id)
             # By broker time: a slate that is made again draws the same.
             randomised = is_randomised(event.user_id, decoded.broker_ms, self._settings.exploration)
