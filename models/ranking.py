@@ -97,7 +97,8 @@ class RankingConfig(BaseModel):
         ge=0,
         le=10,
         description="With a CTR model, which does not know contexts, and popularity_context: log-odds added for each "
-        "unit of the logarithm of how much more an item is acted on in the request's context than overall.",
+        "unit of the logarithm of how much more an item is acted on in the request's context than overall. By hand: "
+        "ctr_weight.",
     )
     half_trust_exposure: float = Field(
         0.0,

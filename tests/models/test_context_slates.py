@@ -1,0 +1,222 @@
+"""Slates by context: what a new user gets, what the list of a context says, and that off and unknown change nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pytest
+
+from models.candidates import Quotas, merge
+from models.context_lists import ContextLists, Leaning
+from models.context_popularity import ContextPopularity
+from models.events import Action, Request
+from models.ranking import TASTES
+from models.recommender import RecommenderConfig, Slate, SlateRequest, SurfaceConfig
+from models.user_events import UserStateConfig
+from tests.models.recommender_world import NOW_MS, World, unit_vector
+from tests.models.test_model_slates import scorer, serve
+
+LATER_MS = NOW_MS + 1_000
+
+
+class ContextWorld:
+    """A world whose users click in contexts, as a worker's pipeline takes them."""
+
+    def __init__(self, *, quotas: Quotas | None = None, k: int = 5, **settings: Any) -> None:
+        surface = SurfaceConfig(k=k, quotas=quotas or Quotas())
+        fields = {"popularity_context": ("device", "locale"), "surfaces": {"default": surface}, **settings}
+        self.config = RecommenderConfig(**fields)
+        self.world = World(users=3, config=self.config)
+        for letter in "abc":
+            for n in range(20):
+                self.world.item(f"{letter}{n}", unit_vector(*[float(letter == other) for other in "abc"], n / 1_000))
+        self.contexts = ContextPopularity(
+            self.config, self.world.counters.config, UserStateConfig(), self.world.catalogue.index
+        )
+        self.world.recommender.contexts = ContextLists(self.contexts, self.world.catalogue, self.world.counters)
+        self._offset = 0
+
+    def clicks(self, counts: Mapping[str, int], **context: Any) -> None:
+        """Count clicks of as many users, over all and in a context."""
+        self.world.popular(counts)
+        for item, times in counts.items():
+            for user in range(times):
+                self._offset += 1
+                event = Action(
+                    event_id=f"{self._offset}",
+                    event_time=NOW_MS,
+                    user_id=f"{context} {user}",
+                    item_id=item,
+                    action="click",
+                    context=context,
+                )
+                self.contexts.add(0, self._offset, event, NOW_MS)
+
+    def wish(self, user: int = 0, **context: Any) -> SlateRequest:
+        asked = Request(event_id="r", event_time=NOW_MS, user_id=f"user {user}", request_id="r", context=context)
+        request = SlateRequest.of(asked, user)
+        request.context = self.contexts.values_of(asked)
+        return request
+
+    def slate(self, user: int = 0, **context: Any) -> Slate:
+        self.world.recommender.refresh(LATER_MS)
+        (slate,) = self.world.recommender.recommend(self.world.rows, [self.wish(user, **context)], LATER_MS)
+        return slate
+
+    def ids(self, user: int = 0, **context: Any) -> list[str]:
+        return [item.item_id for item in self.slate(user, **context).items]
+
+
+def busy(**settings: Any) -> ContextWorld:
+    """Return a world in which phones click a0 … a4 a lot, and television sets c0 … c4."""
+    found = ContextWorld(**settings)
+    found.clicks({f"a{n}": 300 - n for n in range(5)}, device="phone")
+    found.clicks({f"c{n}": 60 - n for n in range(5)}, device="tv")
+    return found
+
+
+def test_a_new_user_gets_what_users_of_the_same_device_click() -> None:
+    world = busy()
+    assert world.ids(device="tv") == ["c0", "c1", "c2", "c3", "c4"]
+    assert world.ids(device="phone") == ["a0", "a1", "a2", "a3", "a4"]
+
+
+def test_its_items_name_the_source_and_say_that_they_trend() -> None:
+    item = busy().slate(device="tv").items[0]
+    assert (item.source, item.reason.kind) == ("popular_context", "trending")
+
+
+def test_a_context_that_nobody_knows_gets_the_overall_list() -> None:
+    world = busy()
+    slate = world.slate(device="fridge")
+    assert {item.source for item in slate.items} == {"popular"}
+    assert slate == world.slate()
+
+
+def test_a_context_with_few_clicks_says_nearly_what_all_say() -> None:
+    world = busy(popularity_context_prior=10_000.0)
+    world.clicks({"b0": 2}, device="watch")
+    assert world.ids(device="watch") == ["a0", "a1", "a2", "a3", "a4"]
+
+
+def test_a_second_key_says_its_part() -> None:
+    world = busy()
+    world.clicks({"b0": 290}, locale="de")
+    assert world.ids(device="tv", locale="de")[0] == "b0"
+    assert set(world.ids(device="tv", locale="de")[1:]) == {"c0", "c1", "c2", "c3"}
+
+
+def test_the_first_click_already_changes_the_slate() -> None:
+    world = busy()
+    before = world.ids(device="tv")
+    world.world.act("b3")
+    after = world.slate(device="tv").items
+    assert any(item.item_id.startswith("b") for item in after)
+    assert [item.item_id for item in after] != before
+
+
+def test_a_user_with_a_vector_gets_the_context_by_turns() -> None:
+    world = busy(k=30)
+    world.world.act("b3")
+    sources = [item.source for item in world.slate(device="tv").items]
+    assert {"short_term", "popular_context"} <= set(sources)
+
+
+@pytest.mark.parametrize("off", [{"quotas": Quotas(popular_context=0.0)}, {"popularity_context": ()}])
+def test_a_surface_that_does_not_look_at_contexts_makes_the_slates_of_before(off: dict[str, Any]) -> None:
+    world = busy(**off)
+    slate = world.slate(device="tv")
+    assert slate == world.slate()
+    assert {item.source for item in slate.items} == {"popular"}
+
+
+def test_a_request_gets_the_same_slate_alone_and_in_a_batch_of_other_contexts() -> None:
+    world = busy()
+    world.world.act("b3", user=1)
+    wishes = [world.wish(user, **context) for user in (0, 1) for context in ({}, {"device": "tv"}, {"device": "phone"})]
+    recommender, rows = world.world.recommender, world.world.rows
+    recommender.refresh(LATER_MS)
+    together = recommender.recommend(rows, wishes, LATER_MS)
+    assert together == [recommender.recommend(rows, [wish], LATER_MS)[0] for wish in wishes]
+
+
+def test_what_may_not_be_shown_is_not_in_the_list_of_a_context() -> None:
+    world = busy()
+    world.world.item("c0", is_hidden=True)
+    assert world.ids(device="tv")[0] == "c1"
+
+
+def test_the_hand_set_score_does_not_put_the_overall_list_before_the_context() -> None:
+    world = busy(quotas=Quotas(popular_context=4.0, popular=4.0), k=30)
+    world.world.act("b3")
+    found = [item_id for item_id in world.ids(device="tv") if item_id[0] in "ac"]
+    assert found[:6] == ["c0", "c1", "c2", "c3", "c4", "a0"]
+
+
+def test_a_model_that_knows_no_contexts_is_told_of_them() -> None:
+    world = busy()
+    world.world.recommender.reconfigure(world.config)
+    serve(world.world, scorer())
+    assert set(world.ids(device="tv")) == {"c0", "c1", "c2", "c3", "c4"}
+
+
+def test_the_ctr_of_a_model_stays_its_own_in_every_context() -> None:
+    world = busy()
+    serve(world.world, scorer())
+    assert {item.ctr for item in world.slate(device="tv").items} == {
+        item.ctr for item in world.slate(device="phone").items
+    }
+
+
+def leaning(world: ContextWorld, **context: Any) -> Leaning:
+    recommender = world.world.recommender
+    recommender.refresh(LATER_MS)
+    value = world.wish(**context).context[0]
+    parts = [world.contexts.counts(0, value, LATER_MS)]
+    popular = recommender._popular
+    return Leaning.build(parts, popular, world.world.catalogue, world.world.counters, world.config, LATER_MS)
+
+
+def test_the_popularity_of_a_context_is_shrunk_towards_that_of_all_by_the_stated_prior() -> None:
+    # 100 actions on television sets, the prior as many: half of a share of 1, half of 100 in 400.
+    world = ContextWorld(popularity_context_prior=100.0)
+    world.clicks({"a0": 300}, device="phone")
+    world.clicks({"c0": 100}, device="tv")
+    found = leaning(world, device="tv")
+    decayed = 2 ** (-1 / 3_600)
+    # The decayed 100 are a hair less than the prior.
+    weight = 100 * decayed / (100 * decayed + 100)
+    clicks = {"a0": (1 - weight) * 300 * decayed, "c0": weight * 400 * decayed + (1 - weight) * 100 * decayed}
+    expected = np.log1p(clicks["a0"]) / np.log1p(clicks["c0"])
+    rows = world.world.catalogue.index.rows(["a0", "c0", "b0"])
+    strengths = found.strength_of(rows, world.world.recommender._popular)
+    assert strengths[:2] == pytest.approx([expected, 1.0], rel=1e-4)
+
+
+def test_a_lift_is_the_logarithm_of_observed_over_expected_with_five_more_on_both_sides() -> None:
+    world = ContextWorld()
+    world.clicks({"a0": 300}, device="phone")
+    world.clicks({"c0": 100}, device="tv")
+    found = leaning(world, device="tv")
+    rows = world.world.catalogue.index.rows(["a0", "c0", "b0"])
+    lift = found.lift_of(rows, np.array([300, 100, 0], np.float32))
+    expected = [np.log(5 / (75 + 5)), np.log(105 / (25 + 5)), 0.0]
+    assert lift == pytest.approx(expected, abs=2e-3)
+
+
+def test_infinite_turns_come_before_all_others() -> None:
+    popular, own = np.arange(10, dtype=np.int32), np.arange(10, 14, dtype=np.int32)[None]
+    nothing = np.zeros((1, len(TASTES), 0), np.int32)
+    inactive = np.zeros((1, len(TASTES)), np.bool_)
+    pool = merge(
+        nothing,
+        inactive,
+        popular,
+        6,
+        lambda rows: np.zeros(rows.shape, np.bool_),
+        Quotas(),
+        [(len(TASTES), own, float("inf"))],
+    )
+    assert pool.rows[0].tolist() == [10, 11, 12, 13, 0, 1]
