@@ -29,8 +29,6 @@ from models.events import Recommendation, Request
 from streams.settings import Settings, render_toml
 from streams.topic_io import open_topic
 
-BLOCKS: Final = 50
-BEHIND_LOADS: Final = 5
 LOADED_ITEMS: Final = 2_000
 PROBE_SECONDS: Final = 0.01
 PROBING_USERS: Final = 24
@@ -101,6 +99,13 @@ class _Probe:
     block: int = -1
     item_id: str = ""
     asked: int = 0
+    named: set[str] = field(default_factory=set)
+    """Every item so far."""
+
+    def turn_to(self, item_id: str) -> None:
+        """Ask for another item from now on, which is the next block's."""
+        self.block, self.item_id = self.block + 1, item_id
+        self.named.add(item_id)
 
     async def run(self) -> None:
         """Ask until cancelled."""
@@ -138,9 +143,9 @@ async def run(bench: Bench) -> None:
             await send_events(made, bench.sizes.warm_up_seconds)
             by_file = _FileBlocks(made)
             for name, n, block in (
-                ("by the item's record", BLOCKS, _by_record),
-                (f"by record, behind {LOADED_ITEMS:,} new items", BEHIND_LOADS, _behind_load),
-                ("by the settings file", BLOCKS, by_file.block),
+                ("by the item's record", bench.sizes.blocks, _by_record),
+                (f"by record, behind {LOADED_ITEMS:,} new items", bench.sizes.blocks_behind_loads, _behind_load),
+                ("by the settings file", bench.sizes.blocks, by_file.block),
             ):
                 blocks: list[_Block] = []
                 work = asyncio.create_task(_blocks(made, watch, probe, n, block, blocks))
@@ -163,8 +168,8 @@ async def _blocks(
     """Block ``n`` items, one after the other, at any moment; into ``done``."""
     phase = random.Random(SEED)
     for _ in range(n):
-        item_id = _most_shown(watch, {probe.item_id, *(b.item_id for b in done)})
-        probe.block, probe.item_id = probe.block + 1, item_id
+        item_id = _most_shown(watch, probe.named)
+        probe.turn_to(item_id)
         this = _Block(probe.block, item_id, 0)
         await asyncio.sleep(LEAD_SECONDS * (1 + phase.random()))
         await watch.has_seen(partial(_is_with, block=this), f"with {item_id}, which is not blocked,")
@@ -179,7 +184,8 @@ def _most_shown(watch: _Watch, taken: set[str]) -> str:
     """Return the item that stands in most of the last slates that nobody named candidates for."""
     pinned = set(SURFACE["rules"]["pinned"])
     shown = Counter(item for s in watch.slates[-2_000:] if s.block < 0 for item in s.items)
-    found = next((item for item, _ in shown.most_common() if item not in taken | pinned), None)
+    ours = (item for item, _ in shown.most_common() if item.startswith("item-"))
+    found = next((item for item in ours if item not in taken | pinned), None)
     if found is None:
         raise BenchmarkError("no slate has an item that could be blocked")
     return found

@@ -27,7 +27,7 @@ SURFACE: Final[dict[str, Any]] = {
         },
         "pinned": ["item-3"],
     },
-    "quotas": {"trending": 0.25, "trending_category": 0.25, "fresh": 0.25},
+    "quotas": {"trending": 0.25, "trending_category": 0.25, "fresh": 0.25, "co_click": 0.25},
     "diversity": {"sameness": 0.3, "popularity_debias": 0.1, "max_per_category": 10},
     "fresh_slots": {"slots": [5, 10]},
 }
@@ -42,7 +42,12 @@ EXPERIMENT: Final[dict[str, Any]] = {
     },
 }
 SWITCHED_ON: Final[Sections] = {
-    "recommender": {"surfaces": {"default": SURFACE}, "ranking": RANKING, "experiment": EXPERIMENT},
+    "recommender": {
+        "surfaces": {"default": SURFACE},
+        "ranking": RANKING,
+        "experiment": EXPERIMENT,
+        "popularity_context": ["surface"],
+    },
     "exploration": {"randomised_share": 0.02},
 }
 LEGS: Final = {

@@ -49,6 +49,8 @@ class Sizes:
     new_items: int = 50
     bulk_items: int = 2_000
     rows: int = 200_000
+    blocks: int = 50
+    blocks_behind_loads: int = 5
 
 
 QUICK: Final = Sizes(
@@ -64,6 +66,8 @@ QUICK: Final = Sizes(
     new_items=10,
     bulk_items=64,
     rows=20_000,
+    blocks=8,
+    blocks_behind_loads=2,
 )
 
 
