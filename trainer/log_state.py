@@ -20,6 +20,7 @@ import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field
 
 from models.catalogue import Catalogue
+from models.co_clicks import CoClicks, CoClicksConfig, Steps, steps_of
 from models.counter_events import IMPRESSIONS, CountersConfig, TouchBatch, Touches, counter_touches
 from models.counters import ItemCounters
 from models.events import Impression
@@ -90,6 +91,9 @@ class LogConfig(BaseModel):
     user_state: UserStateConfig = Field(default_factory=lambda: UserStateConfig(), description="Of the rows.")
     counters: CountersConfig = Field(default_factory=lambda: CountersConfig(), description="Of the item counters.")
     ranking: RankingConfig = Field(default_factory=lambda: RankingConfig(), description="How tastes are scaled.")
+    co_clicks: CoClicksConfig | None = Field(
+        None, description="What users act on after what is learned so, for those who are given reads; None: it is not."
+    )
     joiner: JoinerConfig = Field(default_factory=lambda: JoinerConfig(), description="Where the log has no outcomes.")
     surfaces: tuple[str, ...] = Field(
         (DEFAULT_SURFACE,),
@@ -114,6 +118,8 @@ class Reads:
     """As they stood at the beginning of the stretch: exact for an impression that it was cut at, else never newer, and
     older by ``block_seconds`` and a tick at most. Counted on once on_reads returns."""
     catalogue: Catalogue
+    co_clicks: CoClicks | None = None
+    """Where the settings ask for it; as old as ``counters``."""
 
     def impression(self, at: int) -> Impression:
         """Return the impression at a place of ``events``."""
@@ -170,6 +176,7 @@ class LogState:
         self._delay_ms = round(config.feedback_delay_seconds * 1_000)
         self.counters = ItemCounters(catalogue.index, config.counters, lambda row: catalogue.item(row) is not None)
         self.counters.own(PARTITION)
+        self.co_clicks = None if config.co_clicks is None else CoClicks(config.co_clicks, catalogue.index)
         self.surfaces = surface_names(config.surfaces[0], config.surfaces, config.user_state)
         self.space_hash = hash64(space_id)
         self._places: dict[str, int] = {}
@@ -203,11 +210,13 @@ class LogState:
             chosen = [events[i] for i in shown[reading]]
             offsets = [hashed[i].offset for i in shown[reading]]
             arrivals = due[begin:end]
-            rows = self._through_rows(chosen, arrivals, seen[reading] - begin)
-            reads = Reads(chosen, offsets, times_ms[reading], rows, self.counters, self._catalogue)
+            rows, steps = self._through_rows(chosen, arrivals, seen[reading] - begin)
+            reads = Reads(chosen, offsets, times_ms[reading], rows, self.counters, self._catalogue, self.co_clicks)
             if self._on_reads and chosen:
                 self._on_reads(reads)
             counts = self._count(arrivals)
+            if self.co_clicks is not None and steps is not None:
+                self.co_clicks.learn(steps)
             if chosen:
                 yield reads, counts
 
@@ -278,21 +287,34 @@ class LogState:
             return self.counters
         return self.counters.add_as_of(PARTITION, batch, np.array(arrivals_ms, np.int64))
 
-    def _through_rows(self, reads: Sequence[LogEvent], arrivals: Sequence[_Arrival], seen: Ints) -> Rows:
-        """Apply arrivals to the rows and return the row of each read as it stood after the ``seen`` [S] first ones."""
+    def _through_rows(
+        self, reads: Sequence[LogEvent], arrivals: Sequence[_Arrival], seen: Ints
+    ) -> tuple[Rows, Steps | None]:
+        """Apply arrivals to the rows and return the row of each read as it stood after the ``seen`` [S] first ones.
+
+        And the steps of the arrivals, where somebody wants them.
+        """
         users = np.array([self._place(e.event.user_id) for e in reads] + [a.user for a in arrivals], np.intp)
         before = empty_rows(len(reads))
+        outcomes = np.zeros(len(arrivals), np.int8)
+        own, places = np.unique(users[len(reads) :], return_inverse=True)
+        held = self._rows[own] if self.co_clicks is not None else None
         for now_read, now_applied in waves(users, seen):
             before[now_read] = self._rows[users[now_read]]
             if len(now_applied):
-                self._apply(users[now_applied], [arrivals[i - len(reads)].event for i in now_applied.tolist()])
-        return before
+                at = now_applied - len(reads)
+                outcomes[at] = self._apply(users[now_applied], [arrivals[i].event for i in at.tolist()])
+        if held is None:
+            return before, None
+        for arrival, place in zip(arrivals, places.tolist(), strict=True):
+            arrival.event.user = place
+        return before, steps_of(held, [arrival.event for arrival in arrivals], outcomes)
 
-    def _apply(self, users: Ints, events: list[UserEvent]) -> None:
+    def _apply(self, users: Ints, events: list[UserEvent]) -> npt.NDArray[np.int8]:
         places, own = np.unique(users, return_inverse=True)
         for event, place in zip(events, own.tolist(), strict=True):
             event.user = place
-        self._rows[places], _ = apply(
+        self._rows[places], outcomes = apply(
             self._rows[places],
             events,
             self._catalogue,
@@ -302,6 +324,7 @@ class LogState:
             generation=0,
             surfaces=self.surfaces,
         )
+        return outcomes
 
     def _place(self, user: str) -> int:
         place = self._places.setdefault(user, len(self._places))

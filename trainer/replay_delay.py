@@ -155,6 +155,7 @@ class Delay:
                 user_state=config.user_state,
                 counters=config.counters,
                 ranking=config.recommender.ranking,
+                co_clicks=None if on_reads is None else config.recommender.co_clicks,
                 joiner=config.joiner,
                 surfaces=(config.recommender.default_surface, *config.recommender.surfaces),
             ),
@@ -185,7 +186,8 @@ class Delay:
             for i, offset in enumerate(reads.offsets):
                 if offset in clicked:
                     user = reads.events[i].event.user_id
-                    maker.take(offset, int(reads.times_ms[i]), user, reads.rows[i : i + 1], reads.counters)
+                    row = reads.rows[i : i + 1]
+                    maker.take(offset, int(reads.times_ms[i]), user, row, reads.counters, reads.co_clicks)
 
         seen = self.examples(step, frozen, on_reads, frozenset(clicked), catalogue)
         return seen, {mode: maker.measures(mode) for mode in models}

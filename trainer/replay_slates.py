@@ -22,12 +22,14 @@ from models.candidates import (
     SOURCES,
     Quotas,
     Refusal,
+    co_clicked,
     listed,
     merge,
     popular_items,
     search_tastes,
 )
 from models.catalogue import NOT_GIVEN_MS, Catalogue
+from models.co_clicks import CoClicks
 from models.counters import ItemCounters
 from models.ctr import CtrScorer
 from models.evaluation import coverage, gini
@@ -195,13 +197,21 @@ class SlateMaker:
         self._source_only: defaultdict[str, float] = defaultdict(float)
         self._clicks = 0
 
-    def take(self, offset: int, time_ms: int, user: str, row: Rows, counters: ItemCounters) -> None:
-        """Make the slates of one impression, its user's row [1] and the counters as they are before it."""
+    def take(
+        self,
+        offset: int,
+        time_ms: int,
+        user: str,
+        row: Rows,
+        counters: ItemCounters,
+        co_clicks: CoClicks | None = None,
+    ) -> None:
+        """Make the slates of one impression, its user's row [1], counters and pairs as they are before it."""
         clicked = self._clicked[offset]
         self._shelf.open_before(time_ms)
         if self._recommender is None:
             self._recommender = Recommender(
-                self._config, self._catalogue, counters, self._shelf.index, users=self._users
+                self._config, self._catalogue, counters, self._shelf.index, users=self._users, co_clicks=co_clicks
             )
         recommender = self._recommender
         recommender.refresh(time_ms)
@@ -281,11 +291,17 @@ class SlateMaker:
             catalogue, counters, config.popular_items, time_ms, config.popularity_half_life_index
         ).rows
         lists = Lists.build(catalogue, counters, time_ms)
-        every = listed(lists, Quotas(trending=1, trending_category=1, fresh=1), catalogue, past.liked, WIDTH)
+        whole = Quotas(trending=1, trending_category=1, fresh=1, co_click=1)
+        every = listed(lists, whole, catalogue, past.liked, WIDTH)
+        others = listed(lists, plan.quotas, catalogue, past.liked, WIDTH)
+        co_clicks = self._recommender.co_clicks if self._recommender is not None else None
+        if co_clicks is not None:
+            every.append(co_clicked(co_clicks, whole, past.liked, WIDTH, time_ms))
+            if plan.quotas.co_click:
+                others.append(co_clicked(co_clicks, plan.quotas, past.liked, WIDTH, time_ms))
         alone: list[tuple[int, I32]] = [(taste, near[:, taste]) for taste in range(own.shape[1])]
         alone += [(POPULAR, popular[None]), *((code, rows) for code, rows, _ in every)]
         found = {SOURCES[code]: _allowed(rows, refuse) for code, rows in alone}
-        others = listed(lists, plan.quotas, catalogue, past.liked, WIDTH)
         pool = merge(near[:, :, : 3 * WIDTH // 4], active, popular, WIDTH, refuse, plan.quotas, others)
         return {MIX: pool.rows[pool.valid].tolist()} | found
 
