@@ -30,7 +30,8 @@ from models.ctr_module import first_tensors
 from models.errors import TrainingError
 from models.features import FeatureConfig, columns
 from trainer.batches import TrainingSet, feature_moments, fit_priors, prepare, time_order
-from trainer.finetune import SMALLEST_STD, StartingPoint, silent
+from trainer.encodings import OutputCache
+from trainer.finetune import SMALLEST_STD, StartingPoint, encode_items, silent
 from trainer.fit import Progress
 from trainer.history import HistoryConfig, learn_histories
 from trainer.towers import TowerConfig, learn_towers
@@ -182,6 +183,10 @@ def learn_space(
         cache_folder=cache_folder,
         on_progress=on_progress,
     )
+    if learned.start.delta is not None and cache_folder is not None:
+        # Through the trained layers alone, from outputs that are kept: the next pass would run all of them.
+        cache, delta = OutputCache(cache_folder, config.tower_rates.cache_bytes), learned.start.delta
+        encode_items(start.encoder, used, cache, lambda done, of: on_progress("encoding", done, of), delta)
     learned.seconds["towers"] = time.perf_counter() - began
     history("again", config.again, other)
     return learned
