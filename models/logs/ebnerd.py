@@ -136,15 +136,19 @@ class EbnerdLog:
         too_wide = f"impression of more than {MAX_ITEMS} items"
         for at in range(0, len(data.order), _CHUNK):
             chunk = data.order[at : at + _CHUNK]
-            rows = chunk[(chunk >= first_impression) & (chunk < first_click)] - first_impression
+            shown_or_clicked = chunk[chunk >= first_impression]
+            is_click = shown_or_clicked >= first_click
+            rows = shown_or_clicked - first_impression
+            rows[is_click] = data.click_row[shown_or_clicked[is_click] - first_click]
             contexts = _contexts(data, rows)
             for position in chunk.tolist():
                 if position < first_impression:
                     yield _history_click(data, position)
-                elif position >= first_click:
-                    yield _click(data, position - first_click)
+                    continue
+                context, session = next(contexts)
+                if position >= first_click:
+                    yield _click(data, position - first_click, context)
                 else:
-                    context, session = next(contexts)
                     row = position - first_impression
                     shown = list(dict.fromkeys(data.shown.row(row)))
                     if not shown or len(shown) > MAX_ITEMS:
@@ -297,7 +301,7 @@ def _impression(
     return LogEvent(time_ms, impression, clicked)
 
 
-def _click(data: _Loaded, click: int) -> LogEvent:
+def _click(data: _Loaded, click: int, context: dict[str, Any] | None) -> LogEvent:
     row, time_ms = int(data.click_row[click]), int(data.click_ms[click])
     action = Action(
         event_id=f"ebnerd:{data.impression_id[row]}:click:{click - int(data.clicked.starts[row])}",
@@ -305,6 +309,7 @@ def _click(data: _Loaded, click: int) -> LogEvent:
         user_id=str(data.user_id[row]),
         item_id=str(data.clicked.values[click]),
         action="click",
+        context=context,
     )
     return LogEvent(time_ms, action)
 

@@ -252,6 +252,18 @@ def test_ebnerd_impression_carries_nothing_that_was_known_only_afterwards(tmp_pa
     assert logged.outcome == ("6",)
 
 
+def test_ebnerd_click_has_the_context_of_its_own_impression(tmp_path: Path) -> None:
+    log = ebnerd(
+        tmp_path,
+        [
+            behavior(2, 8, "2023-05-18 07:00:10", [5], [5], device_type=3),
+            behavior(1, 9, "2023-05-18 07:00:00", [5, 6], [6], device_type=1),
+        ],
+    )
+    clicks = [logged.event for logged in log.events() if isinstance(logged.event, Action)]
+    assert [(click.user_id, (click.context or {})["device_type"]) for click in clicks] == [("9", 1), ("8", 3)]
+
+
 def test_ebnerd_history_is_dated_and_stands_among_the_other_events(tmp_path: Path) -> None:
     log = ebnerd(
         tmp_path,
