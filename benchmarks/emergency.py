@@ -40,7 +40,7 @@ SEED: Final = 7
 
 
 @dataclass(frozen=True, slots=True)
-class _Seen:
+class Seen:
     """A slate on its topic: broker time, number of the block whose probe asked for it (-1: none), and its items."""
 
     at_ms: int
@@ -49,7 +49,7 @@ class _Seen:
 
 
 @dataclass(slots=True)
-class _Block:
+class Block:
     """A block that was sent."""
 
     number: int
@@ -58,11 +58,11 @@ class _Block:
 
 
 @dataclass(slots=True)
-class _Watch:
+class Watch:
     """All slates since the start, as they come."""
 
     made: Stage
-    slates: list[_Seen] = field(default_factory=list)
+    slates: list[Seen] = field(default_factory=list)
     news: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def run(self) -> None:
@@ -73,10 +73,10 @@ class _Watch:
             async for record in tail.read(await tail.end_offsets()):
                 slate = decoder.decode(record.value)
                 items = frozenset(item.item_id for item in slate.items)
-                self.slates.append(_Seen(record.timestamp, _number(slate.request_id), items))
+                self.slates.append(Seen(record.timestamp, _number(slate.request_id), items))
                 self.news.set()
 
-    async def has_seen(self, wanted: Callable[[_Seen], bool], what: str) -> None:
+    async def has_seen(self, wanted: Callable[[Seen], bool], what: str) -> None:
         """Return when there is a slate that is wanted. Raises BenchmarkError when there is none in time."""
         deadline = time.monotonic() + LIMIT_SECONDS
         seen = 0
@@ -137,7 +137,7 @@ async def run(bench: Bench) -> None:
     account = CpuAccount()
     async with stage(bench, "emergency-block", users=bench.sizes.users, setup=SETUP) as made:
         await made.worker()
-        watch, probe = _Watch(made), _Probe(made)
+        watch, probe = Watch(made), _Probe(made)
         beside = [asyncio.create_task(watch.run()), asyncio.create_task(probe.run())]
         try:
             await send_events(made, bench.sizes.warm_up_seconds)
@@ -147,10 +147,10 @@ async def run(bench: Bench) -> None:
                 (f"by record, behind {LOADED_ITEMS:,} new items", bench.sizes.blocks_behind_loads, _behind_load),
                 ("by the settings file", bench.sizes.blocks, by_file.block),
             ):
-                blocks: list[_Block] = []
+                blocks: list[Block] = []
                 work = asyncio.create_task(_blocks(made, watch, probe, n, block, blocks))
                 await send_events(made, float("inf"), until=work)
-                _report(bench, watch, blocks, f"emergency block {name}{SETUP.title}")
+                report(bench, watch, blocks, f"emergency block {name}{SETUP.title}")
         finally:
             for task in beside:
                 task.cancel()
@@ -159,18 +159,18 @@ async def run(bench: Bench) -> None:
 
 async def _blocks(
     made: Stage,
-    watch: _Watch,
+    watch: Watch,
     probe: _Probe,
     n: int,
     block: Callable[[Stage, str], Awaitable[None]],
-    done: list[_Block],
+    done: list[Block],
 ) -> None:
     """Block ``n`` items, one after the other, at any moment; into ``done``."""
     phase = random.Random(SEED)
     for _ in range(n):
         item_id = _most_shown(watch, probe.named)
         probe.turn_to(item_id)
-        this = _Block(probe.block, item_id, 0)
+        this = Block(probe.block, item_id, 0)
         await asyncio.sleep(LEAD_SECONDS * (1 + phase.random()))
         await watch.has_seen(partial(_is_with, block=this), f"with {item_id}, which is not blocked,")
         this.sent_ms = _now_ms()
@@ -180,7 +180,7 @@ async def _blocks(
         await asyncio.sleep(AFTERMATH_SECONDS)
 
 
-def _most_shown(watch: _Watch, taken: set[str]) -> str:
+def _most_shown(watch: Watch, taken: set[str]) -> str:
     """Return the item that stands in most of the last slates that nobody named candidates for."""
     pinned = set(SURFACE["rules"]["pinned"])
     shown = Counter(item for s in watch.slates[-2_000:] if s.block < 0 for item in s.items)
@@ -223,7 +223,8 @@ class _FileBlocks:
         aside.replace(file)
 
 
-def _report(bench: Bench, watch: _Watch, blocks: list[_Block], name: str) -> None:
+def report(bench: Bench, watch: Watch, blocks: list[Block], name: str) -> None:
+    """Add the figures of blocks, of each of which a probe got a slate without the item."""
     took, until, late, shown = [], [], 0, 0
     for block in blocks:
         first = min(s.at_ms for s in watch.slates if _is_without(s, block))
@@ -243,11 +244,11 @@ def _report(bench: Bench, watch: _Watch, blocks: list[_Block], name: str) -> Non
     figures.append(Figure(f"{name}, slates with it after one without", late, "slates", at_most=0, note=note))
 
 
-def _is_with(slate: _Seen, block: _Block) -> bool:
+def _is_with(slate: Seen, block: Block) -> bool:
     return slate.block == block.number and block.item_id in slate.items
 
 
-def _is_without(slate: _Seen, block: _Block) -> bool:
+def _is_without(slate: Seen, block: Block) -> bool:
     return slate.block == block.number and slate.at_ms >= block.sent_ms and block.item_id not in slate.items
 
 
