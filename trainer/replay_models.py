@@ -27,7 +27,9 @@ from trainer.batches import LEAST_IMPRESSIONS
 from trainer.finetune import StartingPoint, Trained, TrainingSet, train
 from trainer.fit import Progress
 from trainer.log_examples import LogExamples, thinned
+from trainer.replay_recipe import HEADS_AVERAGED
 from trainer.scoring import ItemTable, score
+from trainer.soup import train_soup
 from trainer.space_learning import with_features
 from trainer.training_config import TrainingConfig
 
@@ -174,15 +176,23 @@ class Learner:
 
     def _train(self, known: LogExamples, parent: Trained | None) -> Trained:
         items = self._items
-        alike = like_the_scored(known, self._schedule, self._unclicked())
-        chosen = TrainingSet(alike.records, alike.labels, items.texts, embeddings=items.embeddings)
+        config = self._config if parent is None else again(self._config)
         start = StartingPoint(items.space, self._encoder, items.delta, items.scorer)
         if parent is not None:
             start = replace(start, scorer=parent.scorer, features=parent.features)
-        elif items.scorer is not None:
-            start = with_features(start, chosen)
-        config = self._config if parent is None else again(self._config)
-        return train(chosen, start, config, cache_folder=self._items.cache, on_progress=self._show)
+        if items.scorer is None:
+            chosen = self._chosen(known, self._schedule)
+            return train(chosen, start, config, cache_folder=items.cache, on_progress=self._show)
+        # Each with a draw of its own, where slates are thinned.
+        seeds = range(self._schedule.seed, self._schedule.seed + HEADS_AVERAGED)
+        sets = [self._chosen(known, replace(self._schedule, seed=seed)) for seed in seeds]
+        if parent is None:
+            start = with_features(start, sets[0])
+        return train_soup(sets, start, config, self._table, cache_folder=items.cache, on_progress=self._show)
+
+    def _chosen(self, known: LogExamples, schedule: Schedule) -> TrainingSet:
+        alike = like_the_scored(known, schedule, self._unclicked())
+        return TrainingSet(alike.records, alike.labels, self._items.texts, embeddings=self._items.embeddings)
 
     def _unclicked(self) -> int:
         """Return how many unclicked items the scored part kept for a click, the median over its impressions."""

@@ -16,6 +16,9 @@ _GENTLE: Final[dict[str, Any]] = {
     "calibration_share": 0.04,
 }
 
+HEADS_AVERAGED: Final = 4
+"""Trainings whose mean is taken where they all go on from what was learned from histories (trainer/soup.py)."""
+
 
 def head_recipe(from_histories: bool = False) -> TrainingConfig:
     """Return how a head is trained on a log, item vectors as they are.
