@@ -21,14 +21,16 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from models.catalogue import Catalogue
 from models.co_clicks import CoClicks, CoClicksConfig, Steps, steps_of
+from models.context_popularity import ContextPopularity
 from models.counter_events import IMPRESSIONS, CountersConfig, TouchBatch, Touches, counter_touches
 from models.counters import ItemCounters
-from models.events import Impression
+from models.events import Event, Impression
 from models.hashing import hash64
 from models.joiner import JoinerConfig
 from models.live_features import CountsReader
 from models.logs import LogEvent
 from models.ranking import RankingConfig
+from models.surfaces import RecommenderConfig
 from models.user_events import UserEvent, UserStateConfig, surface_names, user_event
 from models.user_state import Rows, apply, empty_rows
 
@@ -94,6 +96,9 @@ class LogConfig(BaseModel):
     co_clicks: CoClicksConfig | None = Field(
         None, description="What users act on after what is learned so, for those who are given reads; None: it is not."
     )
+    contexts: RecommenderConfig | None = Field(
+        None, description="What users act on by context is counted so, for those who are given reads; None: it is not."
+    )
     joiner: JoinerConfig = Field(default_factory=lambda: JoinerConfig(), description="Where the log has no outcomes.")
     surfaces: tuple[str, ...] = Field(
         (DEFAULT_SURFACE,),
@@ -120,6 +125,8 @@ class Reads:
     catalogue: Catalogue
     co_clicks: CoClicks | None = None
     """Where the settings ask for it; as old as ``counters``."""
+    contexts: ContextPopularity | None = None
+    """The same."""
 
     def impression(self, at: int) -> Impression:
         """Return the impression at a place of ``events``."""
@@ -140,6 +147,8 @@ class _Arrival:
     user_hash: int
     touches: Touches | None
     """None: the counters do not take it."""
+    told: Event | None
+    """The event for those who count by context; None: they do not take it."""
 
 
 def blocks(events: Iterator[LogEvent], seconds: float) -> Iterator[list[LogEvent]]:
@@ -177,6 +186,9 @@ class LogState:
         self.counters = ItemCounters(catalogue.index, config.counters, lambda row: catalogue.item(row) is not None)
         self.counters.own(PARTITION)
         self.co_clicks = None if config.co_clicks is None else CoClicks(config.co_clicks, catalogue.index)
+        self.contexts: ContextPopularity | None = None
+        if config.contexts is not None and config.contexts.popularity_context:
+            self.contexts = ContextPopularity(config.contexts, config.counters, config.user_state, catalogue.index)
         self.surfaces = surface_names(config.surfaces[0], config.surfaces, config.user_state)
         self.space_hash = hash64(space_id)
         self._places: dict[str, int] = {}
@@ -211,12 +223,25 @@ class LogState:
             offsets = [hashed[i].offset for i in shown[reading]]
             arrivals = due[begin:end]
             rows, steps = self._through_rows(chosen, arrivals, seen[reading] - begin)
-            reads = Reads(chosen, offsets, times_ms[reading], rows, self.counters, self._catalogue, self.co_clicks)
+            reads = Reads(
+                chosen,
+                offsets,
+                times_ms[reading],
+                rows,
+                self.counters,
+                self._catalogue,
+                self.co_clicks,
+                self.contexts,
+            )
             if self._on_reads and chosen:
                 self._on_reads(reads)
             counts = self._count(arrivals)
             if self.co_clicks is not None and steps is not None:
                 self.co_clicks.learn(steps)
+            if self.contexts is not None:
+                for arrival in arrivals:
+                    if arrival.told is not None:
+                        self.contexts.add(PARTITION, arrival.event.offset, arrival.told, arrival.event.time_ms)
             if chosen:
                 yield reads, counts
 
@@ -234,6 +259,7 @@ class LogState:
                 hashed,
                 hash64(user_id),
                 self._touches(event) if counted else None,
+                event.event if counted and self.contexts is not None else None,
             )
         )
 

@@ -156,6 +156,7 @@ class Delay:
                 counters=config.counters,
                 ranking=config.recommender.ranking,
                 co_clicks=None if on_reads is None else config.recommender.co_clicks,
+                contexts=None if on_reads is None else config.recommender,
                 joiner=config.joiner,
                 surfaces=(config.recommender.default_surface, *config.recommender.surfaces),
             ),
@@ -185,9 +186,7 @@ class Delay:
         def on_reads(reads: Reads) -> None:
             for i, offset in enumerate(reads.offsets):
                 if offset in clicked:
-                    user = reads.events[i].event.user_id
-                    row = reads.rows[i : i + 1]
-                    maker.take(offset, int(reads.times_ms[i]), user, row, reads.counters, reads.co_clicks)
+                    maker.take(reads, i)
 
         seen = self.examples(step, frozen, on_reads, frozenset(clicked), catalogue)
         return seen, {mode: maker.measures(mode) for mode in models}

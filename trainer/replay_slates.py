@@ -19,6 +19,7 @@ import numpy.typing as npt
 from models.bootstrap import Space
 from models.candidates import (
     POPULAR,
+    POPULAR_CONTEXT,
     SOURCES,
     Quotas,
     Refusal,
@@ -29,7 +30,7 @@ from models.candidates import (
     search_tastes,
 )
 from models.catalogue import NOT_GIVEN_MS, Catalogue
-from models.co_clicks import CoClicks
+from models.context_lists import ContextLists
 from models.counters import ItemCounters
 from models.ctr import CtrScorer
 from models.evaluation import coverage, gini
@@ -44,7 +45,7 @@ from models.retrieval import RetrievalConfig, VectorIndex
 from models.serving import ServingModel
 from models.trending import Lists
 from models.user_state import Rows, UserReader, UserStateConfig
-from trainer.log_examples import catalogue_of
+from trainer.log_examples import Reads, catalogue_of
 from trainer.replay_log import Survey
 from trainer.scoring import ItemTable
 
@@ -197,25 +198,21 @@ class SlateMaker:
         self._source_only: defaultdict[str, float] = defaultdict(float)
         self._clicks = 0
 
-    def take(
-        self,
-        offset: int,
-        time_ms: int,
-        user: str,
-        row: Rows,
-        counters: ItemCounters,
-        co_clicks: CoClicks | None = None,
-    ) -> None:
-        """Make the slates of one impression, its user's row [1], counters and pairs as they are before it."""
-        clicked = self._clicked[offset]
+    def take(self, reads: Reads, at: int) -> None:
+        """Make the slates of the impression at a place of ``reads``, all state being as it is before it."""
+        clicked, time_ms = self._clicked[reads.offsets[at]], int(reads.times_ms[at])
+        row, shown, counters = reads.rows[at : at + 1], reads.impression(at), reads.counters
         self._shelf.open_before(time_ms)
         if self._recommender is None:
             self._recommender = Recommender(
-                self._config, self._catalogue, counters, self._shelf.index, users=self._users, co_clicks=co_clicks
+                self._config, self._catalogue, counters, self._shelf.index, users=self._users, co_clicks=reads.co_clicks
             )
+            if reads.contexts is not None:
+                self._recommender.contexts = ContextLists(reads.contexts, self._catalogue, counters)
         recommender = self._recommender
         recommender.refresh(time_ms)
-        request = SlateRequest(user_id=user, row=0, k=self._k)
+        context = reads.contexts.values_of(shown) if reads.contexts is not None else ()
+        request = SlateRequest(user_id=shown.user_id, row=0, k=self._k, context=context)
         for mode, models in self._models.items():
             recommender.use(self._serving(models, time_ms))
             (slate,) = recommender.recommend(row, [request], time_ms)
@@ -287,9 +284,7 @@ class SlateMaker:
         tastes[:, : own.shape[1]] = own
         active = np.any(tastes != 0, axis=2)
         near = search_tastes(self._shelf.index, tastes, active, WIDTH)
-        popular = popular_items(
-            catalogue, counters, config.popular_items, time_ms, config.popularity_half_life_index
-        ).rows
+        popular = popular_items(catalogue, counters, config.popular_items, time_ms, config.popularity_half_life_index)
         lists = Lists.build(catalogue, counters, time_ms)
         whole = Quotas(trending=1, trending_category=1, fresh=1, co_click=1)
         every = listed(lists, whole, catalogue, past.liked, WIDTH)
@@ -299,10 +294,19 @@ class SlateMaker:
             every.append(co_clicked(co_clicks, whole, past.liked, WIDTH, time_ms))
             if plan.quotas.co_click:
                 others.append(co_clicked(co_clicks, plan.quotas, past.liked, WIDTH, time_ms))
+        contexts = self._recommender.contexts if self._recommender is not None else None
+        leanings = contexts.of([request.context], popular, config, time_ms) if contexts is not None else None
+        if leanings is not None:
+            every += leanings.sources(np.ones_like(active), 1.0, WIDTH)
+            if plan.quotas.popular_context:
+                others += leanings.sources(active, plan.quotas.popular_context, WIDTH)
         alone: list[tuple[int, I32]] = [(taste, near[:, taste]) for taste in range(own.shape[1])]
-        alone += [(POPULAR, popular[None]), *((code, rows) for code, rows, _ in every)]
+        alone += [(POPULAR, popular.rows[None]), *((code, rows) for code, rows, _ in every)]
         found = {SOURCES[code]: _allowed(rows, refuse) for code, rows in alone}
-        pool = merge(near[:, :, : 3 * WIDTH // 4], active, popular, WIDTH, refuse, plan.quotas, others)
+        if contexts is not None:
+            # A context that says nothing finds nothing.
+            found.setdefault(SOURCES[POPULAR_CONTEXT], [])
+        pool = merge(near[:, :, : 3 * WIDTH // 4], active, popular.rows, WIDTH, refuse, plan.quotas, others)
         return {MIX: pool.rows[pool.valid].tolist()} | found
 
 
