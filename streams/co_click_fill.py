@@ -3,7 +3,7 @@
 Pairs are nowhere but in memory, and no worker tells another: each has those of its own users, a random share by
 murmur2 of the user id, and what a user's row remembers makes up for a start, a crash or a rebalance. A snapshot of a
 partition's rows is taken where no event can come between it and the events that are learned live; a row's bytes are
-never changed, so that the snapshot costs references alone. It is learned a few hundred rows at a time, between
+never changed, so that the snapshot costs references alone. It is learned a hundred rows at a time, between
 batches: until it is done, the source co_click finds less.
 
 Pairs of a partition that goes away stay, and fade. One that comes back brings only what happened since it went: never
@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Mapping
 
 import structlog
 
-from models.co_clicks import CoClicks, Steps, steps_of_rows
+from models.co_clicks import CoClicks
 from models.errors import RowError
 from models.user_row import ROW, decode_rows
 from models.user_value import row_of
@@ -27,8 +27,8 @@ from streams.state_thread import StateThread
 
 log = structlog.get_logger(__name__)
 
-FILL_ROWS = 250
-"""Rows learned in one step: a few milliseconds, for which a slate may have to wait."""
+FILL_ROWS = 100
+"""Rows learned in one step: up to 10 ms where all are full, for which a slate may have to wait."""
 REST = 3.0
 """After each step, as many times its duration belong to the events."""
 _RECENT_START: int = ROW.fields["recent"][1] if ROW.fields else 0
@@ -105,16 +105,12 @@ class CoClickFill:
 
 
 def _learn(into: CoClicks, values: list[bytes], after_ms: int) -> None:
-    into.learn(_steps(values, after_ms))
-
-
-def _steps(values: list[bytes], after_ms: int) -> Steps:
-    """Return the steps of stored rows; those that cannot be read are left to the events that touch them."""
+    """Learn stored rows; those that cannot be read are left to the events that touch them."""
     try:
         rows = decode_rows([row_of(value) for value in values])
     except RowError:
         rows = decode_rows([row_of(value) for value in values if _is_readable(value)])
-    return steps_of_rows(rows, after_ms)
+    into.learn(into.steps_of_rows(rows, after_ms))
 
 
 def _is_readable(value: bytes) -> bool:

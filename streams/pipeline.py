@@ -16,7 +16,7 @@ import numpy.typing as npt
 import structlog
 
 from models.catalogue import Catalogue
-from models.co_clicks import CoClicks, Steps, steps_of
+from models.co_clicks import CoClicks, Steps
 from models.context_lists import ContextLists
 from models.context_popularity import ContextPopularity
 from models.counters import ItemCounters
@@ -338,7 +338,7 @@ class Pipeline:
             outcomes.tolist(),
             overlay,
         )
-        steps = steps_of(old, events, outcomes) if self.co_clicks is not None else None
+        steps = self.co_clicks.steps_of(old, events, outcomes) if self.co_clicks is not None else None
         return values, outcomes, before, impressions, closings, steps
 
     def _slates(

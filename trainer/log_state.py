@@ -1,7 +1,8 @@
 """Rows and counters while a recorded log goes through them, block by block, exactly as event by event.
 
 An event with event time τ arrives at τ + delay, in the rows and in the counters alike. An impression read at t sees
-what arrived by t and happened in an earlier tick; with ticks of a millisecond: what happened strictly before it.
+what arrived by t and happened strictly before it. Where a log tells times by longer ticks, both are by the tick: seen is
+what arrived in an earlier one. Else an impression of the full hour would be known an hour before its click.
 
 Within a block arrivals and reads stand in one order. Rows: users do not know of each other, so what counts is the
 order of each user's own arrivals and reads. Wave w takes the w-th run of reads, then the w-th run of arrivals, of all
@@ -20,7 +21,7 @@ import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field
 
 from models.catalogue import Catalogue
-from models.co_clicks import CoClicks, CoClicksConfig, Steps, steps_of
+from models.co_clicks import CoClicks, CoClicksConfig, Steps
 from models.context_popularity import ContextPopularity
 from models.counter_events import IMPRESSIONS, CountersConfig, TouchBatch, Touches, counter_touches
 from models.counters import ItemCounters
@@ -54,7 +55,7 @@ class LogConfig(BaseModel):
         0.001,
         ge=0.001,
         le=86_400,
-        description="An impression sees what happened in earlier ticks of this length; 3600 where times are hours.",
+        description="An impression sees what arrived in earlier ticks of this length; 3600 where times are hours.",
     )
     feedback_delay_seconds: float = Field(
         0.0,
@@ -249,12 +250,14 @@ class LogState:
         frozen = self._config.frozen_from_ms
         if frozen is not None and event.time_ms >= frozen:
             return
-        next_tick_ms = (event.time_ms // self._tick_ms + 1) * self._tick_ms
+        arrives_ms = max(event.time_ms + self._delay_ms, event.time_ms + 1)
+        if self._tick_ms > 1:
+            arrives_ms = ((event.time_ms + self._delay_ms) // self._tick_ms + 1) * self._tick_ms
         counted = not event.is_history or self._config.count_history
         user_id = event.event.user_id
         self._waiting.append(
             _Arrival(
-                max(event.time_ms + self._delay_ms, next_tick_ms),
+                arrives_ms,
                 self._place(user_id),
                 hashed,
                 hash64(user_id),
@@ -330,11 +333,11 @@ class LogState:
             if len(now_applied):
                 at = now_applied - len(reads)
                 outcomes[at] = self._apply(users[now_applied], [arrivals[i].event for i in at.tolist()])
-        if held is None:
+        if self.co_clicks is None or held is None:
             return before, None
         for arrival, place in zip(arrivals, places.tolist(), strict=True):
             arrival.event.user = place
-        return before, steps_of(held, [arrival.event for arrival in arrivals], outcomes)
+        return before, self.co_clicks.steps_of(held, [arrival.event for arrival in arrivals], outcomes)
 
     def _apply(self, users: Ints, events: list[UserEvent]) -> npt.NDArray[np.int8]:
         places, own = np.unique(users, return_inverse=True)

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from models.candidates import Quotas
-from models.co_clicks import CoClicks, CoClicksConfig, Steps, steps_of, steps_of_rows
+from models.co_clicks import CoClicks, CoClicksConfig, Steps
 from models.hashing import hash64
 from models.item_index import ItemIndex
 from models.recommender import RecommenderConfig, SurfaceConfig
@@ -24,6 +24,7 @@ from tests.models.user_state_logs import CONFIG, START_MS, ItemVectors, event
 
 ITEMS = 30
 VECTORS = ItemVectors(range(ITEMS))
+ROW_OF = {hash64(str(item)): item for item in range(ITEMS)}
 HOUR_MS = 3_600_000
 UNDECAYED = CoClicksConfig(fading=0.5, half_life_seconds=1e9)
 
@@ -44,10 +45,11 @@ def clicks(items: Sequence[int], *, user: int = 0, first: int = 0, step_ms: int 
     return [acted(item, first + n, user=user, at_ms=START_MS + n * step_ms) for n, item in enumerate(items)]
 
 
-def taken(rows: Rows, events: Sequence[UserEvent]) -> tuple[Rows, Steps]:
-    """Apply events to rows as a worker does; return the new rows and the steps."""
+def taken(rows: Rows, events: Sequence[UserEvent], items: int = ITEMS) -> tuple[Rows, Steps]:
+    """Apply events to rows as a worker does; return the new rows and the steps, of the items that have a row."""
     after, outcomes = apply(rows, events, VECTORS, CONFIG, epoch=1, space_id=7, generation=1)
-    return after, steps_of(rows, events, outcomes)
+    found = CoClicks(CoClicksConfig(last_items=RECENT - 1), index_of(items))
+    return after, found.steps_of(rows, events, outcomes)
 
 
 def learned(events: Sequence[UserEvent], config: CoClicksConfig = UNDECAYED, users: int = 1) -> CoClicks:
@@ -95,7 +97,7 @@ def test_an_event_that_was_applied_before_teaches_nothing() -> None:
 
 def test_an_item_that_the_index_does_not_hold_is_part_of_no_pair() -> None:
     found = CoClicks(UNDECAYED, index_of(3))
-    found.learn(taken(empty_rows(1), clicks([1, 20, 2]))[1])
+    found.learn(taken(empty_rows(1), clicks([1, 20, 2]), items=3)[1])
     assert found.followers(1, START_MS) == pytest.approx({2: 0.5}, rel=1e-3)
 
 
@@ -180,12 +182,12 @@ def test_any_cut_into_batches_leaves_the_same_bits(
 def test_steps_follow_the_ring_of_the_row(log: list[tuple[int, int, str, int]]) -> None:
     rows = empty_rows(4)
     for one in events_of(log):
-        before = [h for h, c in zip(*(a[one.user].tolist() for a in recent(rows)[:2]), strict=True) if c & POSITIVE]
+        held, codes, _ = (values[one.user].tolist() for values in recent(rows))
+        before = [ROW_OF[item] for item, code in zip(held, codes, strict=True) if code & POSITIVE]
         rows, steps = taken(rows, [one])
         if len(steps):
-            item = int(one.items[0])
-            assert item not in before
-            assert steps.earlier[0].tolist() == (before + [0] * RECENT)[: RECENT - 1]
+            assert steps.items[0] == ROW_OF[int(one.items[0])] not in before
+            assert steps.earlier[0].tolist() == (before + [-1] * RECENT)[: RECENT - 1]
     # All at once: the rings that are followed inside must be those that apply makes.
     after, steps = taken(empty_rows(4), events_of(log))
     assert after.tobytes() == rows.tobytes()
@@ -202,7 +204,7 @@ def test_rows_tell_the_pairs_that_were_learned_from_their_events(users: list[lis
     rows, steps = taken(empty_rows(4), events)
     live, again = CoClicks(UNDECAYED, index_of()), CoClicks(UNDECAYED, index_of())
     live.learn(steps)
-    again.learn(steps_of_rows(rows))
+    again.learn(again.steps_of_rows(rows))
     for item in range(ITEMS):
         assert again.followers(item, START_MS) == pytest.approx(live.followers(item, START_MS))
     np.testing.assert_allclose(again._actions, live._actions)
@@ -211,7 +213,7 @@ def test_rows_tell_the_pairs_that_were_learned_from_their_events(users: list[lis
 def test_rows_tell_only_what_came_after_the_time_that_is_named() -> None:
     rows, _ = taken(empty_rows(1), clicks([1, 2, 3], step_ms=HOUR_MS))
     found = CoClicks(UNDECAYED, index_of())
-    found.learn(steps_of_rows(rows, START_MS + HOUR_MS))
+    found.learn(found.steps_of_rows(rows, START_MS + HOUR_MS))
     assert {item: list(found.followers(item, START_MS)) for item in (1, 2)} == {1: [3], 2: [3]}
 
 
@@ -264,8 +266,8 @@ def world_of(quotas: Quotas) -> World:
     for place, name in enumerate(("x", "y", *(f"other {i}" for i in range(30)))):
         world.item(name, np.eye(64, dtype=np.float32)[place], title=f"Title {name}")
     world.recommender.co_clicks = CoClicks(CoClicksConfig(), world.catalogue.index)
-    pair = np.array([hash64("x"), hash64("y")], np.uint64)
-    earlier = np.array([[0], [pair[0]]], np.uint64)
+    pair = world.catalogue.index.rows(["x", "y"])
+    earlier = np.array([[-1], [pair[0]]], np.int32)
     world.recommender.co_clicks.learn(Steps(pair, earlier, np.full(2, NOW_MS, np.int64)))
     return world
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from models.co_clicks import CoClicks, CoClicksConfig, steps_of
+from models.co_clicks import CoClicks, CoClicksConfig
 from models.logs import LogEvent
 from models.recommender import RecommenderConfig
 from models.user_events import user_event
@@ -67,7 +67,7 @@ def pairs_expected(log: list[LogEvent], config: LogConfig) -> list[Pairs]:
             rows[user], outcomes = apply(
                 before, [hashed], items, config.user_state, epoch=EPOCH, space_id=SPACE, generation=0
             )
-            found.learn(steps_of(before, [hashed], outcomes))
+            found.learn(found.steps_of(before, [hashed], outcomes))
             learned += 1
         if logged.event.event_id.startswith("i"):
             expected.append(pairs_of(found, logged.time_ms))
