@@ -102,7 +102,7 @@ STATE = (
 
 
 def expected(log: list[LogEvent], config: LogConfig) -> Iterator[dict[str, npt.NDArray[Any]]]:
-    """Yield what each impression knows, by the rule: arrived by then, and of a strictly earlier tick."""
+    """Yield what each impression knows, by the rule: arrived by then and happened before, or in an earlier tick."""
     delay_ms, tick_ms = round(config.feedback_delay_seconds * 1_000), round(config.tick_seconds * 1_000)
     reference, learned = OneByOne(config), 0
     frozen = config.frozen_from_ms
@@ -111,7 +111,10 @@ def expected(log: list[LogEvent], config: LogConfig) -> Iterator[dict[str, npt.N
             continue
         while learned < len(log):
             time_ms = log[learned].time_ms
-            if time_ms + delay_ms > logged.time_ms or time_ms // tick_ms >= logged.time_ms // tick_ms:
+            late = time_ms + delay_ms > logged.time_ms or time_ms >= logged.time_ms
+            if tick_ms > 1:
+                late = (time_ms + delay_ms) // tick_ms >= logged.time_ms // tick_ms
+            if late:
                 break
             if frozen is None or time_ms < frozen:
                 reference.learn(log[learned], learned)
@@ -182,6 +185,22 @@ def test_blocks_give_what_one_event_after_the_other_gives(
     )
     made = log_examples(Log(*log), catalogue(), "literal", config)
     check(made.records, log, config)
+
+
+def test_in_a_log_of_whole_hours_a_click_is_known_as_soon_as_its_impression() -> None:
+    log = [
+        impression(START, "u", "ab", "a"),
+        click(START + 1_000, "u", "a"),
+        impression(START + HOUR, "v", "ab", "b"),
+        impression(START + 2 * HOUR, "v", "ab", "b"),
+    ]
+    config = LogConfig(tick_seconds=3_600, feedback_delay_seconds=3_600)
+    made = log_examples(Log(*log), catalogue(), "literal", config)
+    _, then, last = (raw_slates([record]) for record in made.records)
+    assert not then.counters.any()
+    impressions_of_a, clicks_of_a = np.expm1(last.counters[0, 0, -1, :2].astype(np.float64))
+    assert impressions_of_a == pytest.approx(clicks_of_a, rel=0.01)
+    assert clicks_of_a > 0.5
 
 
 def test_nothing_enters_from_the_frozen_time_on_and_decay_goes_on() -> None:
