@@ -1,8 +1,8 @@
 """Rows and counters while a recorded log goes through them, block by block, exactly as event by event.
 
 An event with event time τ arrives at τ + delay, in the rows and in the counters alike. An impression read at t sees
-what arrived by t and happened strictly before it. Where a log tells times by longer ticks, both are by the tick: seen is
-what arrived in an earlier one. Else an impression of the full hour would be known an hour before its click.
+what arrived by t and happened strictly before it. Where a log tells times by longer ticks, both go by the tick: seen
+is what arrived in an earlier one. Else an impression of the full hour would be known an hour before its click.
 
 Within a block arrivals and reads stand in one order. Rows: users do not know of each other, so what counts is the
 order of each user's own arrivals and reads. Wave w takes the w-th run of reads, then the w-th run of arrivals, of all
