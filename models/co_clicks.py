@@ -204,7 +204,7 @@ class CoClicks:
         own *= decay / np.sqrt(self._actions[safe] * decay + config.prior)
         found = self._followers[safe]
         actions = self._actions[found] * decay + config.prior
-        strength = (self._weights[safe] - self._errors[safe]) * own[:, :, None]
+        strength: F64 = (self._weights[safe] - self._errors[safe]).astype(np.float64) * own[:, :, None]
         strength /= np.sqrt(actions) if config.popularity_exponent == 0.5 else actions**config.popularity_exponent
         columns = found.shape[1] * found.shape[2]
         return _strongest(found.reshape(-1, columns), strength.reshape(-1, columns), most)
