@@ -27,6 +27,7 @@ from benchmarks.bundles import head, random_tensors
 from benchmarks.everything import SURFACE
 from models.bootstrap import Space
 from models.catalogue import Catalogue
+from models.co_clicks import CoClicks
 from models.counters import CountersConfig, ItemCounters, TouchBatch
 from models.ctr import CtrScorer
 from models.events import Action, ImpressedItem, Impression, Item
@@ -88,7 +89,10 @@ def build(items: int, users: int, exact: bool) -> tuple[Recommender, Rows, Catal
     rows, _ = apply(empty_rows(users), events, catalogue, state, epoch=1, space_id=hash64(SPACE), generation=1)
     surfaces = {"default": SurfaceConfig(), ALL: SurfaceConfig.model_validate(SURFACE)}
     config = RecommenderConfig(surfaces=surfaces)
-    recommender = Recommender(config, catalogue, counters, vectors, users=UserReader(state, catalogue, hash64(SPACE)))
+    co_clicks = CoClicks(config.co_clicks, index)
+    co_clicks.learn(co_clicks.steps_of_rows(rows))
+    users_reader = UserReader(state, catalogue, hash64(SPACE))
+    recommender = Recommender(config, catalogue, counters, vectors, users=users_reader, co_clicks=co_clicks)
     return recommender, rows, catalogue, vectors
 
 
