@@ -268,6 +268,11 @@ class ItemCounters:
         safe = self._safe(rows)
         return self._values(safe, now_ms, 0, WIDTH).reshape(*safe.shape, HALF_LIVES, KINDS)
 
+    def decayed(self, rows: npt.NDArray[np.integer], now_ms: int, half_life_index: int, kind: int) -> Float32:
+        """Return the decayed counts of one kind at one half-life, float32 of the shape of ``rows``."""
+        column = half_life_index * KINDS + kind
+        return self._values(self._safe(rows), now_ms, column, column + 1)[..., 0]
+
     def read_at(self, rows: npt.NDArray[np.integer], times_ms: Int64) -> Float32:
         """Return the decayed counts of rows [S, …] as ``read`` does, each slate at its own time int64 [S]."""
         safe = self._safe(rows)

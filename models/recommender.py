@@ -290,7 +290,7 @@ class Recommender:
             pin(pool, fresh.rows, fresh.rows < 0, FRESH)
         self.on_stage("retrieve")
         scored = self._score(states, pool, tastes, past, plan, given, now_ms, leanings)
-        scores = self._adjust(scored.scores, pool, plan, leanings, now_ms)
+        scores = self._adjust(scored.scores, pool, plan, now_ms)
         if given:
             scores -= is_in(pool.rows, past.unwanted) * UNWANTED_PENALTY
         columns, counts = self._order(scores, pool, ks, plan)
@@ -351,18 +351,12 @@ class Recommender:
         rows = self._catalogue.index.rows(list(dict.fromkeys(plan.rules.pinned)))
         return np.repeat(rows.astype(np.int32)[None], len(batch), axis=0)
 
-    def _adjust(self, scores: F32, pool: Pool, plan: Plan, leanings: BatchLeanings | None, now_ms: int) -> F32:
-        """Return the scores [B, C] after contexts, debias and boosts; the very same where none of them is on."""
-        if scores.size and (leanings is not None or plan.diversity.popularity_debias):
+    def _adjust(self, scores: F32, pool: Pool, plan: Plan, now_ms: int) -> F32:
+        """Return the scores [B, C] after debias and boosts; the very same where neither is on."""
+        if plan.diversity.popularity_debias and scores.size:
             rows = np.maximum(pool.rows, 0)
-            clicks = self._counters.read(rows, now_ms)[:, :, self.config.popularity_half_life_index, CLICKS]
-            if leanings is not None:
-                model, _ = self._scorer(plan)
-                by_hand = model is None or model.scorer is None
-                weight = plan.ranking.ctr_weight if by_hand else plan.ranking.context_log_odds
-                scores = scores + np.float32(weight) * leanings.lift(pool.rows, clicks)
-            if plan.diversity.popularity_debias:
-                scores = debiased(scores, clicks, plan.diversity)
+            clicks = self._counters.decayed(rows, now_ms, self.config.popularity_half_life_index, CLICKS)
+            scores = debiased(scores, clicks, plan.diversity)
         if plan.rules.boosts:
             scores = scores + plan.rules.boost(self._catalogue, pool.rows, now_ms)
         return scores
@@ -460,16 +454,20 @@ class Recommender:
         """Return the score of each candidate and its CTR, float32 [B, C]: by hand, or by the CTR model of the plan.
 
         A model's score is its log-odds, as far as they are believed where nobody named the candidates, with what it
-        does not know (query and profile) added; its CTR is the sigmoid of the log-odds alone. Raises ModelError
+        does not know (query, profile, context) added; its CTR is the sigmoid of the log-odds alone. Raises ModelError
         where one is not finite.
         """
         ranking, (model, reader) = plan.ranking, self._scorer(plan)
+        popularity, lift = leanings.read(pool.rows, self._popular) if leanings is not None else (None, None)
         if model is None or model.scorer is None:
             features = self._gather(pool, tastes, past, now_ms)
-            if leanings is not None:
-                features.popularity = leanings.strength(pool.rows, self._popular)
+            if popularity is not None:
+                features.popularity = popularity
             self.on_stage("gather")
-            return Scored(score(features, ranking), features.ctr)
+            scores = score(features, ranking)
+            if lift is not None:
+                scores += np.float32(ranking.ctr_weight) * lift
+            return Scored(scores, features.ctr)
         times_ms = np.full(len(states), now_ms, np.int64)
         # The settings of all, not of an arm: features must be those that the examples have.
         usual, vectors = self.config.ranking, model.vectors
@@ -484,6 +482,8 @@ class Recommender:
         # Named candidates were chosen: the order among what is shown is what the model learned.
         believed = log_odds if given else trusted_log_odds(log_odds, raw, ranking, model.features)
         scores = believed + wish_log_odds(item_vectors, tastes, ranking)
+        if lift is not None:
+            scores += np.float32(ranking.context_log_odds) * lift
         return Scored(scores, clip_ctr(probability(log_odds)), lambda rows: model.attention(raw, rows, recent_rows))
 
     def _gather(self, pool: Pool, tastes: F32, past: Past, now_ms: int) -> Features:

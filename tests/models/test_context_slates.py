@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from models.candidates import Quotas, merge
-from models.context_lists import ContextLists, Leaning
+from models.context_lists import BatchLeanings, ContextLists, Leaning
 from models.context_popularity import ContextPopularity
 from models.events import Action, Request
 from models.ranking import TASTES
@@ -191,8 +191,8 @@ def test_the_popularity_of_a_context_is_shrunk_towards_that_of_all_by_the_stated
     clicks = {"a0": (1 - weight) * 300 * decayed, "c0": weight * 400 * decayed + (1 - weight) * 100 * decayed}
     expected = np.log1p(clicks["a0"]) / np.log1p(clicks["c0"])
     rows = world.world.catalogue.index.rows(["a0", "c0", "b0"])
-    strengths = found.strength_of(rows, world.world.recommender._popular)
-    assert strengths[:2] == pytest.approx([expected, 1.0], rel=1e-4)
+    strength, _ = BatchLeanings([found]).read(rows[None], world.world.recommender._popular)
+    assert strength[0, :2] == pytest.approx([expected, 1.0], rel=1e-4)
 
 
 def test_a_lift_is_the_logarithm_of_observed_over_expected_with_five_more_on_both_sides() -> None:
@@ -201,9 +201,9 @@ def test_a_lift_is_the_logarithm_of_observed_over_expected_with_five_more_on_bot
     world.clicks({"c0": 100}, device="tv")
     found = leaning(world, device="tv")
     rows = world.world.catalogue.index.rows(["a0", "c0", "b0"])
-    lift = found.lift_of(rows, np.array([300, 100, 0], np.float32))
+    _, lift = BatchLeanings([found]).read(rows[None], world.world.recommender._popular)
     expected = [np.log(5 / (75 + 5)), np.log(105 / (25 + 5)), 0.0]
-    assert lift == pytest.approx(expected, abs=2e-3)
+    assert lift[0] == pytest.approx(expected, abs=2e-3)
 
 
 def test_infinite_turns_come_before_all_others() -> None:
