@@ -86,3 +86,9 @@ def test_a_scored_part_without_anything_before_it_is_refused(log: Path) -> None:
 def test_the_help_says_what_the_weight_of_unclicked_items_means() -> None:
     shown = " ".join(RUNNER.invoke(app, ["replay", "--help"], terminal_width=200).output.replace("│", " ").split())
     assert "each of them counts as this many impressions" in shown
+
+
+def test_an_encoder_cannot_be_trained_without_texts_or_histories(log: Path) -> None:
+    for without in ("--no-texts", "--no-histories"):
+        said = failure("jsonl", str(log), "--train-encoder", without)
+        assert said == "--train-encoder learns from texts and histories: leave out --no-texts and --no-histories"
