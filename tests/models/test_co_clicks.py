@@ -89,6 +89,12 @@ def test_what_a_user_hid_neither_follows_nor_is_followed() -> None:
     assert found.followers(3, START_MS) == pytest.approx({4: 1.0}, rel=1e-3)
 
 
+def test_an_action_without_a_meaning_leaves_a_liked_item_liked() -> None:
+    glance = event(1, [1], offset=1, action="dwell", value=10.0, time_ms=START_MS, event_id=2)
+    found = learned([acted(1, 0), glance, acted(2, 2)])
+    assert found.followers(1, START_MS) == pytest.approx({2: 1.0}, rel=1e-3)
+
+
 def test_an_event_that_was_applied_before_teaches_nothing() -> None:
     rows, steps = taken(empty_rows(1), clicks([1, 2]))
     assert len(steps) == 2
@@ -244,6 +250,11 @@ def test_the_newest_liked_item_speaks_loudest() -> None:
     found = learned([*clicks([0, 1]), *clicks([2, 3], user=1, first=2)], users=2)
     liked = np.array([[-1, 2, -1, 0], [0, -1, 2, -1], [-1, -1, -1, -1]], np.int32)
     assert found.candidates(liked, START_MS, 9).tolist() == [[3, 1], [1, 3], [-1, -1]]
+
+
+def test_items_that_were_not_liked_take_no_place_among_the_last_ones() -> None:
+    found = learned(clicks([0, 1]), CoClicksConfig(last_items=2))
+    assert found.candidates(np.array([[-1, -1, -1, 0]], np.int32), START_MS, 9).tolist() == [[1]]
 
 
 @given(logs, st.lists(st.lists(st.integers(-1, ITEMS + 3), min_size=3, max_size=3), min_size=1, max_size=5))

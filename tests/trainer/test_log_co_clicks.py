@@ -103,6 +103,18 @@ def test_a_pair_is_not_known_before_its_delay() -> None:
     assert late == [{}, {("a", "b"): pytest.approx(1.0, rel=1e-3)}]
 
 
+def test_an_impression_that_nobody_cut_at_knows_no_later_pair() -> None:
+    log = [click(START, "u", "a"), impression(START + 500, "v", "ab", "b"), click(START + 1_000, "u", "b")]
+    log.append(impression(START + 2_000, "v", "ab", "b"))
+    read: list[Pairs] = []
+
+    def on_reads(reads: Reads) -> None:
+        read.extend(pairs_of(reads.co_clicks, time_ms) for time_ms in reads.times_ms.tolist())
+
+    log_examples(Log(*log), catalogue(), "literal", LogConfig(co_clicks=CoClicksConfig()), on_reads=on_reads)
+    assert read[0] == {}
+
+
 def test_nothing_is_learned_where_nobody_asks() -> None:
     told: list[CoClicks | None] = []
     log = [click(START, "u", "a"), impression(START + 1_000, "u", "ab", "b")]
