@@ -34,6 +34,8 @@ log = logging.getLogger(__name__)
 F16 = npt.NDArray[np.float16]
 _INDEX: Final = np.dtype([("text", "<u8"), ("start", "<u8"), ("tokens", "<u4")])
 _CHUNK_BYTES: Final = 64 << 20
+_TOLD_EVERY: Final = 256
+"""Texts between two words of how far the encoding is: a chunk of short texts takes minutes."""
 _LORA_TARGETS: Final = ("query", "value", "q", "v", "q_lin", "v_lin", "q_proj", "v_proj")
 """What attention's query and value are called in the encoders of transformers."""
 _SPLIT_TOLERANCE: Final = 5e-3
@@ -73,6 +75,8 @@ class OutputCache:
             if held_bytes >= _CHUNK_BYTES or done == total:
                 found |= self._write(folder, held)
                 held, held_bytes = {}, 0
+                on_progress(done, total)
+            elif done % _TOLD_EVERY == 0:
                 on_progress(done, total)
         return [found[h] for h in hashes]
 
