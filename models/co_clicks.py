@@ -195,7 +195,7 @@ class CoClicks:
         gets the same alone and in any batch.
         """
         size, config, decay = len(self._followers), self.config, self._decay(now_ms)
-        liked = np.take_along_axis(liked, _front(liked >= 0), axis=1)[:, : config.last_items]
+        liked = np.take_along_axis(liked, _front(liked >= 0), axis=1)
         known = (liked >= 0) & (liked < size)
         if not known.any() or most <= 0:
             return np.full((len(liked), 0), -1, np.int32)

@@ -252,9 +252,15 @@ def test_the_newest_liked_item_speaks_loudest() -> None:
     assert found.candidates(liked, START_MS, 9).tolist() == [[3, 1], [1, 3], [-1, -1]]
 
 
-def test_items_that_were_not_liked_take_no_place_among_the_last_ones() -> None:
-    found = learned(clicks([0, 1]), CoClicksConfig(last_items=2))
-    assert found.candidates(np.array([[-1, -1, -1, 0]], np.int32), START_MS, 9).tolist() == [[1]]
+def test_items_between_that_were_not_liked_weaken_no_older_one() -> None:
+    # Two users went on from 2 to 3, one from 0 to 1.
+    pairs = [(0, 1), (2, 3), (2, 3)]
+    found = learned(
+        [e for n, pair in enumerate(pairs) for e in clicks(pair, user=n, first=2 * n)], CoClicksConfig(), users=3
+    )
+    liked = np.array([[0, 2, -1, -1, -1], [0, -1, -1, -1, 2], [0, 2, 5, 5, 5]], np.int32)
+    assert found.candidates(liked, START_MS, 9).tolist() == [[3, 1]] * 3
+    assert found.candidates(np.array([[0, 5, 6, 7, 8, 2]], np.int32), START_MS, 9).tolist() == [[1, 3]]
 
 
 @given(logs, st.lists(st.lists(st.integers(-1, ITEMS + 3), min_size=3, max_size=3), min_size=1, max_size=5))
