@@ -159,13 +159,17 @@ class CoClicks:
         user, place = user[order], place[order]
         return Steps(items[user, place], earlier[user, place], times_ms[user, place])
 
-    def learn(self, steps: Steps) -> None:
-        """Learn steps, in their order."""
+    def learn(self, steps: Steps, now_ms: int | None = None) -> None:
+        """Learn steps, in their order; one that lies after ``now_ms`` counts as one of that time.
+
+        Without that bound a single event of the next century would leave nothing of this one.
+        """
         if not len(steps):
             return
         config, rows, earlier = self.config, steps.items, steps.earlier[:, : self.config.last_items]
         self._grow(max(int(rows.max()), int(earlier.max(initial=-1))) + 1)
-        half_lives = steps.times_ms / (config.half_life_seconds * 1_000.0)
+        times_ms = steps.times_ms if now_ms is None else np.minimum(steps.times_ms, now_ms)
+        half_lives = times_ms / (config.half_life_seconds * 1_000.0)
         whole = np.floor(half_lives)
         self._reach(int(whole.max()))
         # The power of the landmark is one of two apart from the rest: moving it rounds nothing.

@@ -101,16 +101,16 @@ class CoClickFill:
         del values[-FILL_ROWS:]
         if not values:
             self._waiting.popleft()
-        await self._state.run(_learn, into, some, after_ms)
+        await self._state.run(_learn, into, some, after_ms, time.time_ns() // 1_000_000)
 
 
-def _learn(into: CoClicks, values: list[bytes], after_ms: int) -> None:
+def _learn(into: CoClicks, values: list[bytes], after_ms: int, now_ms: int) -> None:
     """Learn stored rows; those that cannot be read are left to the events that touch them."""
     try:
         rows = decode_rows([row_of(value) for value in values])
     except RowError:
         rows = decode_rows([row_of(value) for value in values if _is_readable(value)])
-    into.learn(into.steps_of_rows(rows, after_ms))
+    into.learn(into.steps_of_rows(rows, after_ms), now_ms)
 
 
 def _is_readable(value: bytes) -> bool:

@@ -89,6 +89,8 @@ class Prepared:
     suppressed: int = 0
     visibility_version: int = 0
     """The catalogue's when the slates were made."""
+    steps: list[Steps] = field(default_factory=list)
+    """What users did first on which items, where a surface has the source co_click."""
     shown: Shown = field(default_factory=Shown)
     """Impressions, with their rows before them."""
     features: list[SentFeatures] = field(default_factory=list)
@@ -223,6 +225,9 @@ class Pipeline:
         started = time.perf_counter()
         done: list[tuple[Decoded, Outcome]] = []
         self._update(list(accepted), read_row, prepared, done)
+        if self.co_clicks is not None:
+            for steps in prepared.steps:
+                self.co_clicks.learn(steps, now_ms)
         updated = time.perf_counter()
         # Before the counts of this batch: an example must not know what came after its impression.
         prepared.features = self._features.records(prepared.shown, now_ms)
@@ -276,8 +281,8 @@ class Pipeline:
         prepared.rows.update(rows)
         prepared.closings.add(closings)
         prepared.shown.add(span, outcomes, before, impressions)
-        if self.co_clicks is not None and steps is not None:
-            self.co_clicks.learn(steps)
+        if steps is not None:
+            prepared.steps.append(steps)
         for decoded, outcome in zip(span, outcomes, strict=True):
             kind = Outcome(outcome)
             done.append((decoded, kind))

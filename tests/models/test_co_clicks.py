@@ -126,6 +126,14 @@ def test_weights_of_a_year_of_half_lives_stay_finite_and_the_newest_count_whole(
     assert all(np.isfinite(values).all() for values in state(found))
 
 
+def test_an_event_of_the_next_century_leaves_what_was_learned() -> None:
+    rows, steps = taken(empty_rows(1), [*clicks([1, 2], step_ms=0), acted(3, 5, at_ms=4_000_000_000_000)])
+    found = CoClicks(CoClicksConfig(fading=1.0), index_of())
+    found.learn(steps, START_MS)
+    found.learn(taken(rows, [acted(4, 6)])[1], START_MS)
+    assert found.followers(1, START_MS) == pytest.approx({2: 1.0, 3: 1.0, 4: 1.0})
+
+
 def test_a_newcomer_that_keeps_coming_gets_in_where_all_places_are_taken() -> None:
     many = [[0, other] for other in range(1, 20) for _ in range(3)]
     rising = [[0, other] for n in range(8) for other in (25, 20 + n % 5)]
