@@ -255,7 +255,7 @@ class Quotas(BaseModel):
 
 
 Source = tuple[int, I32, float]
-"""Code, rows int32 [B, n] best first, turns; infinite ones: before all others."""
+"""Code, rows int32 [B, n] best first, turns."""
 
 
 def listed(lists: Lists, quotas: Quotas, catalogue: Catalogue, liked: I32, width: int) -> list[Source]:
@@ -294,23 +294,21 @@ def merge(
     quotas: Quotas | None = None,
     others: Sequence[Source] = (),
 ) -> Pool:
-    """Merge searches [B, V, n], the popular list [p] and others into at most ``width`` different candidates a request.
+    """Merge searches [B, V, n], the popular list and others into at most ``width`` different candidates a request.
 
     Sources take turns by rank, as often as ``quotas`` says: by default the vector searches twice for each popular
     item. An item that several sources found is of the one whose turn came first. A request without an active taste
-    gets popular items and others alone. ``refused`` tells for rows [B, M] which may not be candidates.
+    gets popular items and others alone. ``popular``: [p] for all, or [B, p]. ``refused`` tells for rows [B, M] which
+    may not be candidates.
     """
     quotas = quotas or Quotas()
     batch, tastes, per_taste = found.shape
     used = [v for v in range(tastes) if active[:, v].any()]
-    popular = popular[:width]
+    popular = popular[..., :width]
     each = [(v, found[:, v], np.arange(per_taste) / quotas.vectors) for v in used]
-    shared = np.broadcast_to(popular, (batch, len(popular)))
-    each.append((POPULAR, shared, np.arange(len(popular)) / quotas.popular + 0.5))
-    each += [
-        (code, rows, np.arange(rows.shape[1]) / turns + (0.75 if math.isfinite(turns) else -1.0))
-        for code, rows, turns in others
-    ]
+    shared = np.broadcast_to(popular, (batch, popular.shape[-1]))
+    each.append((POPULAR, shared, np.arange(popular.shape[-1]) / quotas.popular + 0.5))
+    each += [(code, rows, np.arange(rows.shape[1]) / turns + 0.75) for code, rows, turns in others]
     rows = np.concatenate([part for _, part, _ in each], axis=1).astype(np.int64)
     ranks = np.concatenate([rank for _, _, rank in each])
     sources = np.concatenate([np.full(part.shape[1], code, np.int64) for code, part, _ in each])

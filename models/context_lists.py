@@ -21,7 +21,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from models.candidates import POPULAR_CONTEXT, Popular, Source
+from models.candidates import POPULAR_CONTEXT, Popular, Quotas, Source
 from models.catalogue import Catalogue
 from models.context_popularity import ContextPopularity, Values
 from models.counters import CLICKS, ItemCounters
@@ -108,22 +108,34 @@ class BatchLeanings:
         self._strength = np.concatenate([one.strength for one in different])
         self._lift = np.concatenate([one.lift for one in different])
 
-    def sources(self, active: Bools, turns: float, width: int) -> list[Source]:
-        """Return the candidates of each request's context, which has ``turns``.
+    def popular(self, active: Bools, popular: Popular) -> I32:
+        """Return the overall list for each request, int32 [B, p]: without what was clicked where the context's is used.
 
-        A request without any taste (``active`` bool [B, V]) gets them before all others, as many as it can use.
+        That is where a request has no taste, ``active`` bool [B, V]; the newest items are left to it.
         """
+        rows = np.repeat(popular.rows[None], len(active), axis=0)
+        rows[self._replaced(active), : popular.counted] = -1
+        return rows
+
+    def sources(self, active: Bools, quotas: Quotas, width: int) -> list[Source]:
+        """Return the candidates of each request's context, by their quota or, without a taste, in place of popular."""
         rows = np.full((len(self._each), width), -1, np.int32)
-        for b, leaning in enumerate(self._each):
+        for b in self._members.tolist():
+            leaning = self._each[b]
             if leaning is not None:
                 rows[b, : len(leaning.best)] = leaning.best[:width]
-        cold, found = ~np.any(active, axis=1, keepdims=True), list[Source]()
-        if cold.any():
-            found.append((POPULAR_CONTEXT, np.where(cold, rows, -1), math.inf))
-        if not cold.all():
-            few = rows[:, : math.ceil(width * min(1.0, turns))]
-            found.append((POPULAR_CONTEXT, np.where(cold, -1, few), turns))
+        replaced, found = self._replaced(active)[:, None], list[Source]()
+        if replaced.any():
+            found.append((POPULAR_CONTEXT, np.where(replaced, rows, -1), quotas.popular))
+        if not replaced.all():
+            few = rows[:, : math.ceil(width * min(1.0, quotas.popular_context))]
+            found.append((POPULAR_CONTEXT, np.where(replaced, -1, few), quotas.popular_context))
         return found
+
+    def _replaced(self, active: Bools) -> Bools:
+        replaced = np.zeros(len(active), np.bool_)
+        replaced[self._members] = ~np.any(active[self._members], axis=1)
+        return replaced
 
     def read(self, rows: I32, popular: Popular) -> tuple[F32, F32]:
         """Return strength and lift of rows [B, C], each request's in its own context, float32 [B, C].

@@ -281,8 +281,11 @@ class Recommender:
         else:
             found = search_tastes(self._vector_index, tastes, active, max(1, 3 * width // 4))
             others = self._others(plan.quotas, past, width, now_ms)
-            others += leanings.sources(active, plan.quotas.popular_context, width) if leanings is not None else []
-            pool = merge(found, active, self._popular.rows, width, refuse, plan.quotas, others)
+            popular = self._popular.rows
+            if leanings is not None:
+                popular = leanings.popular(active, self._popular)
+                others += leanings.sources(active, plan.quotas, width)
+            pool = merge(found, active, popular, width, refuse, plan.quotas, others)
             self._complete(pool, ks, tastes, active, refuse, plan, now_ms)
         if pinned is not None:
             pin(pool, pinned, refuse(pinned))

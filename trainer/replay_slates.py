@@ -286,7 +286,7 @@ class SlateMaker:
         near = search_tastes(self._shelf.index, tastes, active, WIDTH)
         popular = popular_items(catalogue, counters, config.popular_items, time_ms, config.popularity_half_life_index)
         lists = Lists.build(catalogue, counters, time_ms)
-        whole = Quotas(trending=1, trending_category=1, fresh=1, co_click=1)
+        whole = Quotas(trending=1, trending_category=1, fresh=1, co_click=1, popular_context=1)
         every = listed(lists, whole, catalogue, past.liked, WIDTH)
         others = listed(lists, plan.quotas, catalogue, past.liked, WIDTH)
         co_clicks = self._recommender.co_clicks if self._recommender is not None else None
@@ -295,18 +295,20 @@ class SlateMaker:
             if plan.quotas.co_click:
                 others.append(co_clicked(co_clicks, plan.quotas, past.liked, WIDTH, time_ms))
         contexts = self._recommender.contexts if self._recommender is not None else None
+        shared = popular.rows
         leanings = contexts.of([request.context], popular, config, time_ms) if contexts is not None else None
         if leanings is not None:
-            every += leanings.sources(np.ones_like(active), 1.0, WIDTH)
+            every += leanings.sources(np.ones_like(active), whole, WIDTH)
             if plan.quotas.popular_context:
-                others += leanings.sources(active, plan.quotas.popular_context, WIDTH)
+                shared = leanings.popular(active, popular)
+                others += leanings.sources(active, plan.quotas, WIDTH)
         alone: list[tuple[int, I32]] = [(taste, near[:, taste]) for taste in range(own.shape[1])]
         alone += [(POPULAR, popular.rows[None]), *((code, rows) for code, rows, _ in every)]
         found = {SOURCES[code]: _allowed(rows, refuse) for code, rows in alone}
         if contexts is not None:
             # A context that says nothing finds nothing.
             found.setdefault(SOURCES[POPULAR_CONTEXT], [])
-        pool = merge(near[:, :, : 3 * WIDTH // 4], active, popular.rows, WIDTH, refuse, plan.quotas, others)
+        pool = merge(near[:, :, : 3 * WIDTH // 4], active, shared, WIDTH, refuse, plan.quotas, others)
         return {MIX: pool.rows[pool.valid].tolist()} | found
 
 

@@ -8,11 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from models.candidates import Quotas, merge
+from models.candidates import Quotas
 from models.context_lists import BatchLeanings, ContextLists, Leaning
 from models.context_popularity import ContextPopularity
 from models.events import Action, Request
-from models.ranking import TASTES
 from models.recommender import RecommenderConfig, Slate, SlateRequest, SurfaceConfig
 from models.user_events import UserStateConfig
 from tests.models.recommender_world import NOW_MS, World, unit_vector
@@ -81,6 +80,21 @@ def test_a_new_user_gets_what_users_of_the_same_device_click() -> None:
     world = busy()
     assert world.ids(device="tv") == ["c0", "c1", "c2", "c3", "c4"]
     assert world.ids(device="phone") == ["a0", "a1", "a2", "a3", "a4"]
+
+
+def test_a_new_user_gets_new_items_too_where_their_quota_says_so() -> None:
+    world = busy(quotas=Quotas(fresh=0.5), k=20)
+    for n in range(20):
+        world.world.item(f"new{n}", published_at=NOW_MS)
+    items = world.slate(device="tv").items
+    assert {item.source for item in items} == {"popular_context", "fresh"}
+    assert [item.item_id for item in items[:5]] == ["c0", "c1", "c2", "c3", "c4"]
+
+
+def test_what_the_list_of_the_context_lacks_comes_from_the_newest_of_the_overall_list() -> None:
+    slate = busy(k=30).slate(device="tv")
+    sources = [item.source for item in slate.items]
+    assert sources == ["popular_context"] * 10 + ["popular"] * 20
 
 
 def test_its_items_name_the_source_and_say_that_they_trend() -> None:
@@ -204,19 +218,3 @@ def test_a_lift_is_the_logarithm_of_observed_over_expected_with_five_more_on_bot
     _, lift = BatchLeanings([found]).read(rows[None], world.world.recommender._popular)
     expected = [np.log(5 / (75 + 5)), np.log(105 / (25 + 5)), 0.0]
     assert lift[0] == pytest.approx(expected, abs=2e-3)
-
-
-def test_infinite_turns_come_before_all_others() -> None:
-    popular, own = np.arange(10, dtype=np.int32), np.arange(10, 14, dtype=np.int32)[None]
-    nothing = np.zeros((1, len(TASTES), 0), np.int32)
-    inactive = np.zeros((1, len(TASTES)), np.bool_)
-    pool = merge(
-        nothing,
-        inactive,
-        popular,
-        6,
-        lambda rows: np.zeros(rows.shape, np.bool_),
-        Quotas(),
-        [(len(TASTES), own, float("inf"))],
-    )
-    assert pool.rows[0].tolist() == [10, 11, 12, 13, 0, 1]
