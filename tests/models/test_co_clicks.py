@@ -271,6 +271,25 @@ def test_items_between_that_were_not_liked_weaken_no_older_one() -> None:
     assert found.candidates(np.array([[0, 5, 6, 7, 8, 2]], np.int32), START_MS, 9).tolist() == [[1, 3]]
 
 
+@given(logs, st.lists(st.integers(0, ITEMS - 1), unique=True, max_size=5), st.sampled_from([0.0, 0.3, 0.5]))
+def test_candidates_are_those_of_the_written_formula(
+    log: list[tuple[int, int, str, int]], liked: list[int], exponent: float
+) -> None:
+    config = CoClicksConfig(popularity_exponent=exponent, half_life_seconds=1e9)
+    found = learned(events_of(log), config, users=4)
+    actions = np.zeros(ITEMS)
+    actions[: len(found._actions)] = found._actions[:ITEMS] * found._decay(START_MS)
+    expected: dict[int, float] = {}
+    for n, item in enumerate(liked):
+        for row, weight in found.followers(item, START_MS).items():
+            one = weight * 0.85**n / (actions[item] + 5.0) ** 0.5 / (actions[row] + 5.0) ** exponent
+            expected[row] = expected.get(row, 0.0) + one
+    got = found.candidates(np.array([liked], np.int32).reshape(1, -1), START_MS, ITEMS)[0].tolist()
+    assert sorted(got) == sorted(expected)
+    strengths = [expected[row] for row in got]
+    assert all(above >= below * (1 - 1e-6) for above, below in pairwise(strengths))
+
+
 @given(logs, st.lists(st.lists(st.integers(-1, ITEMS + 3), min_size=3, max_size=3), min_size=1, max_size=5))
 def test_a_request_gets_the_same_candidates_alone_and_in_any_batch(
     log: list[tuple[int, int, str, int]], liked: list[list[int]]
