@@ -248,7 +248,8 @@ def encode(raw: RawSlates, config: FeatureConfig) -> F32:
 
 def _counts(planes: F32, raw: RawSlates, config: FeatureConfig) -> None:
     logs = np.ascontiguousarray(raw.counters.transpose(3, 2, 0, 1), np.float32)
-    logs = np.clip(np.nan_to_num(logs, copy=False, nan=0.0), 0.0, MAX_LOG_COUNT, out=logs)
+    # fmax takes the other one of two where one is NaN; np.nan_to_num takes many times as long for a single slate.
+    logs = np.minimum(np.fmax(logs, np.float32(0), out=logs), np.float32(MAX_LOG_COUNT), out=logs)
     planes[_AT["impressions_first"] : _AT["impressions_first"] + HALF_LIVES] = logs[IMPRESSIONS]
     planes[_AT["clicks_first"] : _AT["clicks_first"] + HALF_LIVES] = logs[CLICKS]
     planes[_AT["actions_first"] : _AT["actions_first"] + HALF_LIVES] = logs[ACTIONS]
@@ -268,7 +269,8 @@ def _counts(planes: F32, raw: RawSlates, config: FeatureConfig) -> None:
 def _item_facts(planes: F32, raw: RawSlates) -> None:
     """Fill what is known of each item."""
     sims = np.ascontiguousarray(raw.sims.transpose(2, 0, 1), np.float32)
-    planes[_SIMS] = np.clip(np.nan_to_num(sims, copy=False, nan=0.0), -1.0, 1.0)
+    np.copyto(sims, 0.0, where=np.isnan(sims))
+    planes[_SIMS] = np.clip(sims, -1.0, 1.0)
     for name, seconds, unit in (
         ("age", raw.age_seconds, np.float32(3600)),
         ("first_seen", raw.first_seen_seconds, np.float32(60)),
