@@ -24,7 +24,7 @@ def test_each_block_of_settings_is_accepted_and_changes_something(block: str) ->
 
 
 def test_all_blocks_together_are_one_file() -> None:
-    assert len(BLOCKS) == 7
+    assert len(BLOCKS) == 8
     config = RecommenderConfig.model_validate(tomllib.loads("\n".join(BLOCKS))["recommender"])
     assert config.surface(None, "diverse").diversity.sameness == 0.3
     assert config.surface(None, "diverse").rules.pinned == ("spring-sale",)
