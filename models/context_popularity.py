@@ -157,14 +157,16 @@ class ContextPopularity:
         return hash64(f"{key}\0{value}")
 
     def _is_again(self, user_id: str, row: int, time_ms: int) -> bool:
-        """Tell whether the user acted on the item in this window or the one before, and remember it."""
-        if time_ms // self._window_ms > self._watermark_ms // self._window_ms or len(self._seen) >= _WINDOW_MOST:
-            self._seen_before, self._seen = self._seen, set()
+        """Tell whether the user counted for the item in this window or the one before; if not, they do now."""
+        windows = time_ms // self._window_ms - self._watermark_ms // self._window_ms
+        if windows > 0 or len(self._seen) >= _WINDOW_MOST:
+            self._seen_before, self._seen = self._seen if windows <= 1 else set(), set()
         self._watermark_ms = max(self._watermark_ms, time_ms)
         pair = hash64(user_id) ^ (row * _MIX & _MASK)
-        again = pair in self._seen or pair in self._seen_before
+        if pair in self._seen or pair in self._seen_before:
+            return True
         self._seen.add(pair)
-        return again
+        return False
 
     def _weight(self, time_ms: int) -> float:
         """Return what an action at a time weighs at the landmark; moves that where it lies far ahead."""

@@ -80,11 +80,11 @@ def test_the_key_surface_is_the_surface_of_the_event_and_the_default_one_where_i
     assert in_context(counts) == {"a": 1.0, "b": 1.0}
 
 
-@pytest.mark.parametrize("written", [1, 1.0, "1"])
-def test_a_number_is_one_value_however_a_client_writes_it(written: object) -> None:
+@pytest.mark.parametrize(("one", "other"), [(1, 1.0), (1, "1"), (True, "true")])
+def test_a_value_is_one_however_a_client_writes_it(one: object, other: object) -> None:
     counts = counting("device")
-    add(counts, click("a", device=1))
-    assert in_context(counts, device=written) == {"a": 1.0}
+    add(counts, click("a", device=one))
+    assert in_context(counts, device=other) == {"a": 1.0}
 
 
 def test_true_and_one_are_two_values() -> None:
@@ -139,18 +139,41 @@ def test_what_is_older_than_the_reach_of_a_number_is_forgotten_and_the_rest_stay
     assert in_context(counts, NOW_MS + 100 * HOUR_MS, device="tv") == {"b": 2.0}
 
 
-def test_events_that_are_read_again_change_nothing() -> None:
+def test_what_is_kept_when_the_landmark_moves_stays_exact() -> None:
+    # 198 half-lives of ten minutes after the first it still stands; 201 after, it moves.
+    counts = counting("device", popularity_half_life_index=0)
+    for offset, (item, minutes) in enumerate((("a", 0), ("b", 1_980), ("c", 2_010))):
+        at_ms = NOW_MS + minutes * 60_000
+        add(counts, click(item, f"u{offset}", device="tv"), at_ms=at_ms, first_offset=offset)
+    now_ms = NOW_MS + 2_010 * 60_000
+    assert in_context(counts, now_ms, device="tv") == {"b": 0.125, "c": 1.0}
+    assert counts.counts(0, counts.values_of(click("a", device="tv"))[0], now_ms)[2] == pytest.approx(1.125)
+
+
+def test_events_that_are_read_again_change_nothing_however_late() -> None:
     counts = counting("device")
     events = [click("a", f"u{n}", device="tv") for n in range(5)]
     add(counts, *events)
-    add(counts, *events, at_ms=NOW_MS + HOUR_MS)
-    assert in_context(counts, device="tv") == {"a": 5.0}
+    # Two windows later nothing but the offset tells that they were counted.
+    for hours in (1, 2):
+        add(counts, click("b", f"v{hours}", device="tv"), at_ms=NOW_MS + hours * HOUR_MS, first_offset=4 + hours)
+    add(counts, *events)
+    assert in_context(counts, device="tv")["a"] == 5.0
 
 
 def test_one_user_counts_once_for_an_item_in_a_window() -> None:
     counts = counting("device")
     add(counts, *[click("a", "zealot", device="tv")] * 50, click("b", "u2", device="tv"))
     assert in_context(counts, device="tv") == {"a": 1.0, "b": 1.0}
+
+
+def test_the_end_of_a_window_does_not_let_a_user_count_again_at_once() -> None:
+    counts = counting("device")
+    edge_ms = NOW_MS // 120_000 * 120_000
+    for offset, at_ms in enumerate((edge_ms - 1, edge_ms + 1, edge_ms + 240_000, edge_ms + 480_000)):
+        add(counts, click("a", device="tv"), at_ms=at_ms, first_offset=offset)
+    _, found, _ = counts.counts(0, counts.values_of(click("a", device="tv"))[0], edge_ms)
+    assert found == pytest.approx([1 + 2 ** (240 / 3_600) + 2 ** (480 / 3_600)], rel=1e-3), "all but the second"
 
 
 def test_an_item_that_has_no_row_is_not_counted() -> None:
@@ -226,7 +249,11 @@ EVENTS = st.lists(
 def test_any_split_in_batches_with_repetitions_leaves_the_same_counts(
     drawn: list[tuple[str, str, str, int, int]], cuts: list[int]
 ) -> None:
-    settings_: dict[str, Any] = {"popularity_context_values": 2, "popularity_context_items": 10, "popularity_half_life_index": 0}
+    settings_: dict[str, Any] = {
+        "popularity_context_values": 2,
+        "popularity_context_items": 10,
+        "popularity_half_life_index": 0,
+    }
     log = [
         (partition, offset, click(item, user, device=device), NOW_MS + hours * HOUR_MS)
         for offset, (item, user, device, hours, partition) in enumerate(drawn)

@@ -12,6 +12,8 @@ from models.candidates import Quotas
 from models.context_lists import BatchLeanings, ContextLists, Leaning
 from models.context_popularity import ContextPopularity
 from models.events import Action, Request
+from models.ranking import TASTES, RankingConfig
+from models.reason_texts import TEXTS
 from models.recommender import RecommenderConfig, Slate, SlateRequest, SurfaceConfig
 from models.user_events import UserStateConfig
 from tests.models.recommender_world import NOW_MS, World, unit_vector
@@ -97,9 +99,25 @@ def test_what_the_list_of_the_context_lacks_comes_from_the_newest_of_the_overall
     assert sources == ["popular_context"] * 10 + ["popular"] * 20
 
 
-def test_its_items_name_the_source_and_say_that_they_trend() -> None:
-    item = busy().slate(device="tv").items[0]
-    assert (item.source, item.reason.kind) == ("popular_context", "trending")
+def test_its_items_name_the_source_and_say_that_they_are_popular() -> None:
+    # Also those that the short overall list does not have.
+    for item in busy(popular_items=2).slate(device="tv").items:
+        assert (item.source, item.reason.text) == ("popular_context", TEXTS["en"].trending)
+
+
+def test_what_was_clicked_meanwhile_is_known_after_the_next_refresh() -> None:
+    world = busy()
+    assert world.ids(device="tv")[0] == "c0"
+    world.clicks({"b0": 80}, device="tv")
+    assert world.ids(device="tv")[0] == "c0"
+    world.world.recommender.refresh(LATER_MS + 1_000)
+    (slate,) = world.world.recommender.recommend(world.world.rows, [world.wish(device="tv")], LATER_MS + 1_000)
+    assert slate.items[0].item_id == "b0"
+
+
+def test_popularity_alone_orders_by_the_context_too() -> None:
+    world = busy(ranking=RankingConfig(ctr_weight=0.0))
+    assert world.ids(device="tv") == ["c0", "c1", "c2", "c3", "c4"]
 
 
 def test_a_context_that_nobody_knows_gets_the_overall_list() -> None:
@@ -218,3 +236,22 @@ def test_a_lift_is_the_logarithm_of_observed_over_expected_with_five_more_on_bot
     _, lift = BatchLeanings([found]).read(rows[None], world.world.recommender._popular)
     expected = [np.log(5 / (75 + 5)), np.log(105 / (25 + 5)), 0.0]
     assert lift[0] == pytest.approx(expected, abs=2e-3)
+
+
+def test_what_may_not_be_shown_is_no_measure_of_popularity() -> None:
+    world = busy()
+    world.world.item("c0", is_hidden=True)
+    found = leaning(world, device="tv")
+    index = world.world.catalogue.index
+    assert [index.item_id(row) for row in found.best.tolist()][:2] == ["c1", "c2"]
+    strength, _ = BatchLeanings([found]).read(index.rows(["c0", "c1"])[None], world.world.recommender._popular)
+    assert strength.tolist() == [[0.0, 1.0]]
+
+
+def test_without_a_taste_the_context_has_the_turns_of_the_overall_list() -> None:
+    world = busy()
+    batch = BatchLeanings([leaning(world, device="tv"), None])
+    quotas = Quotas(popular=2.0, popular_context=0.25)
+    new, known = np.zeros((2, len(TASTES)), np.bool_), np.ones((2, len(TASTES)), np.bool_)
+    assert [turns for _, _, turns in batch.sources(new, quotas, 4)] == [2.0, 0.25]
+    assert [(rows.shape, turns) for _, rows, turns in batch.sources(known, quotas, 4)] == [((2, 1), 0.25)]
