@@ -259,14 +259,17 @@ def score(features: Features, config: RankingConfig) -> F32:
     return np.nan_to_num(total, copy=False, nan=0.0, posinf=1e4, neginf=-1e4)
 
 
-def wish_log_odds(item_vectors: F32, tastes: F32, config: RankingConfig) -> F32:
-    """Return what query and profile add to a model's log-odds, float32 [B, C]; items [B, C, D], tastes [B, V, D]."""
+def wish_log_odds(vectors: F32, rows: I32, tastes: F32, config: RankingConfig) -> F32:
+    """Return what query and profile add to a model's log-odds of rows [B, C], float32 [B, C]; any value for padding.
+
+    ``vectors`` float32 [n, D], by row; ``tastes`` [B, V, D].
+    """
     wishes = tastes[:, PROFILE] * np.float32(config.profile_log_odds)
     wishes += tastes[:, QUERY] * np.float32(config.query_log_odds)
-    added = np.zeros(item_vectors.shape[:2], np.float32)
+    added = np.zeros(rows.shape, np.float32)
     some = np.flatnonzero(wishes.any(axis=1))
     if len(some):
-        added[some] = np.matmul(item_vectors[some], wishes[some][:, :, None])[:, :, 0]
+        added[some] = np.matmul(vectors[np.maximum(rows[some], 0)], wishes[some][:, :, None])[:, :, 0]
     return added
 
 

@@ -481,10 +481,9 @@ class Recommender:
         recent_rows = self._catalogue.index.rows_by_hash(recent.ravel().tolist(), recent.size).reshape(recent.shape)
         self.on_stage("gather")
         log_odds = model.log_odds(raw, pool.rows, recent_rows, ranking)
-        item_vectors = self._catalogue.vectors[np.maximum(pool.rows, 0)]
         # Named candidates were chosen: the order among what is shown is what the model learned.
         believed = log_odds if given else trusted_log_odds(log_odds, raw, ranking, model.features)
-        scores = believed + wish_log_odds(item_vectors, tastes, ranking)
+        scores = believed + wish_log_odds(self._catalogue.vectors, pool.rows, tastes, ranking)
         if lift is not None:
             scores += np.float32(ranking.context_log_odds) * lift
         return Scored(scores, clip_ctr(probability(log_odds)), lambda rows: model.attention(raw, rows, recent_rows))
