@@ -108,7 +108,7 @@ class Delay:
         wanted = self._config.wanted
         seen = self.examples("reading, live", False)
         scored = self._scored(seen)
-        recipe = head_recipe(from_histories=self._items.scorer is not None)
+        recipe = head_recipe(self._items.scorer is not None, thinned=self._config.unclicked_weight > 1)
         self._learner = Learner(seen, self._items, self._schedule, recipe, self._training)
         models = self._models(scored, "retrained" in wanted)
         clicked = self._clicked(scored)

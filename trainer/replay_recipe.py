@@ -20,11 +20,12 @@ HEADS_AVERAGED: Final = 4
 """Trainings whose mean is taken where they all go on from what was learned from histories (trainer/soup.py)."""
 
 
-def head_recipe(from_histories: bool = False) -> TrainingConfig:
+def head_recipe(from_histories: bool = False, thinned: bool = False) -> TrainingConfig:
     """Return how a head is trained on a log, item vectors as they are.
 
     ``from_histories``: it goes on from what was learned from histories (trainer/space_learning.py). What it knows
-    already is soon spoiled, so that it takes fewer and smaller steps, with more dropout.
+    already is soon spoiled, so that it takes fewer and smaller steps, with more dropout. ``thinned``: each click is
+    compared several times an epoch, and is soon known by heart: the same.
     """
     recipe = TrainingConfig(
         epochs=16,
@@ -40,4 +41,4 @@ def head_recipe(from_histories: bool = False) -> TrainingConfig:
         residuals=False,
         device="cpu",
     )
-    return recipe.model_copy(update=_GENTLE) if from_histories else recipe
+    return recipe.model_copy(update=_GENTLE) if from_histories or thinned else recipe
