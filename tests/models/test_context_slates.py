@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from models.candidates import Quotas
-from models.context_lists import BatchLeanings, ContextLists, Leaning
+from models.context_lists import MADE_AT_ONCE, BatchLeanings, ContextLists, Leaning
 from models.context_popularity import ContextPopularity
 from models.events import Action, Request
 from models.ranking import TASTES, RankingConfig
@@ -113,6 +113,24 @@ def test_what_was_clicked_meanwhile_is_known_after_the_next_refresh() -> None:
     world.world.recommender.refresh(LATER_MS + 1_000)
     (slate,) = world.world.recommender.recommend(world.world.rows, [world.wish(device="tv")], LATER_MS + 1_000)
     assert slate.items[0].item_id == "b0"
+
+
+def test_of_many_contexts_in_one_batch_some_are_renewed_in_the_next_one() -> None:
+    world = busy(popularity_context_prior=1.0)
+    devices = [f"d{n}" for n in range(MADE_AT_ONCE + 1)]
+    for device in devices:
+        world.clicks({"c0": 30}, device=device)
+    recommender, wishes = world.world.recommender, [world.wish(device=device) for device in devices]
+
+    def firsts(at_ms: int) -> list[str]:
+        recommender.refresh(at_ms)
+        return [slate.items[0].item_id for slate in recommender.recommend(world.world.rows, wishes, at_ms)]
+
+    assert firsts(LATER_MS) == ["c0"] * 17, "what was never made is made at once"
+    for device in devices:
+        world.clicks({"b0": 90}, device=device)
+    assert firsts(LATER_MS + 1_000) == ["b0"] * 16 + ["c0"]
+    assert firsts(LATER_MS + 1_001) == ["b0"] * 17
 
 
 def test_popularity_alone_orders_by_the_context_too() -> None:
