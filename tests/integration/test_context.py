@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,21 @@ async def ids_of(on: World, user: str) -> set[str]:
     return {item["item_id"] for item in await slate_of(on, user)}
 
 
+async def wait_for_context(on: World, device: str, ids: list[str]) -> list[Any]:
+    """Let new users of a device ask until a slate has these items, and return it: lists are a second old at most."""
+    found: list[Any] = []
+    users = (f"new user {n} with {device}" for n in count(len(await on.slates())))
+
+    async def there() -> bool:
+        user = next(users)
+        await on.publish([request(user, device)])
+        found[:] = await slate_of(on, user)
+        return {item["item_id"] for item in found} == set(ids)
+
+    await wait_until(there, 60, f"a new user with {device} gets {ids}", every_seconds=0.3)
+    return found
+
+
 async def test_a_new_user_on_a_television_set_gets_what_is_clicked_there(
     settings_with: SettingsWith, tmp_path: Path
 ) -> None:
@@ -61,12 +77,11 @@ async def test_a_new_user_on_a_television_set_gets_what_is_clicked_there(
         worker = await on.ready_worker()
         await on.publish(clicks(ON_PHONE, 30, "phone") + clicks(ON_TV, 10, "tv"))
         await on.wait_committed()
-        await on.publish([request("new on tv", "tv"), request("new on a phone", "phone"), request("elsewhere", "car")])
-        items = await slate_of(on, "new on tv")
-        assert {item["item_id"] for item in items} == set(ON_TV)
+        items = await wait_for_context(on, "tv", ON_TV)
         assert {item["source"] for item in items} == {"popular_context"}
         assert {item["reason"]["kind"] for item in items} == {"trending"}
-        assert await ids_of(on, "new on a phone") == set(ON_PHONE)
+        await wait_for_context(on, "phone", ON_PHONE)
+        await on.publish([request("elsewhere", "car")])
         assert await ids_of(on, "elsewhere") == set(ON_PHONE), "a context that nobody knows says what all say"
         assert await worker.metric("millstream_processing_errors_total") == 0
 
@@ -78,8 +93,7 @@ async def test_after_a_kill_slates_say_what_all_say_until_the_context_is_known_a
         worker = await on.ready_worker()
         await on.publish(clicks(ON_PHONE, 30, "phone") + clicks(ON_TV, 10, "tv"))
         await on.wait_committed()
-        await on.publish([request("before", "tv")])
-        assert await ids_of(on, "before") == set(ON_TV)
+        await wait_for_context(on, "tv", ON_TV)
         worker.kill()
         worker.start()
         await worker.wait_ready()
@@ -87,5 +101,4 @@ async def test_after_a_kill_slates_say_what_all_say_until_the_context_is_known_a
         assert await ids_of(on, "right after") == set(ON_PHONE)
         await on.publish(clicks(ON_TV, 10, "tv", "another"))
         await on.wait_committed()
-        await on.publish([request("later", "tv")])
-        assert await ids_of(on, "later") == set(ON_TV)
+        await wait_for_context(on, "tv", ON_TV)
