@@ -334,7 +334,7 @@ def measure(args: argparse.Namespace, cache: Path, show: Show) -> list[Row]:
     schedule = Schedule.of(
         survey.start_ms, delay, config.user_state, config.warm_up_share, config.unclicked_weight, config.seed
     )
-    recipe = head_recipe(from_histories=items.scorer is not None)
+    recipe = head_recipe(items.scorer is not None, thinned=config.unclicked_weight > 1)
     model = Learner(examples, items, schedule, recipe, lambda step, done, of: show(step, done, of)).first()
     taken = sampled(examples, survey, args.slates)
     if not taken:
