@@ -36,7 +36,7 @@ from tests.integration.conftest import (
     read_topic,
     wait_until,
 )
-from tests.integration.test_encoder_process import BASE_DIM, WordEncoder, encoding, publish, space_of
+from tests.integration.test_encoder_process import BASE_DIM, WordEncoder, publish, space_of
 from tests.integration.test_main_job import FILMS, Job, item_ids
 from tests.models.bundles import contents
 
@@ -241,9 +241,11 @@ async def test_after_the_swap_a_query_is_answered_by_the_new_encoder(stage: Mode
 
 
 async def test_without_a_role_there_is_one_encoder_and_one_lane(stage: Models) -> None:
+    stage.publish("v1", tiny_delta(), BASE_DIM)
     await publish(stage.producer, stage.settings, Item(item_id="a", title="red apple"))
-    async with encoding(stage.settings, WordEncoder()):
+    async with tuned(stage, WordEncoder()) as loaded:
         await stage.wait_encoded({(BASE, "a")})
+        assert loaded == [], "published, and named by nobody"
 
 
 async def test_a_worker_swaps_to_a_fine_tuned_minilm_and_queries_find_items_in_its_space(

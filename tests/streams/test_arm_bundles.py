@@ -135,6 +135,7 @@ async def test_unsigned_bundle_is_refused_for_an_arm_as_for_a_role(tmp_path: Pat
         on.watch.name_arms(["v1", "v2"])
         await until_ready(on, "v2")
         await until_told(on, "v1", "unsigned")
+        assert set(on.slot.arms) == {"v2"}
 
 
 async def test_registry_that_is_not_reached_is_told_and_asked_again(tmp_path: Path) -> None:
@@ -157,6 +158,7 @@ async def test_live_version_is_prepared_before_that_of_an_arm_whose_fetch_hangs(
         await wait_until(lambda: "v1" in on.registry.fetched, 10, "the fetch has begun")
         on.announce("live", "v2", 1)
         await on.until_live("v2", 1)
+        assert on.slot.arms == {}, "its fetch still hangs"
         on.registry.free.set()
         await until_ready(on, "v1")
 
