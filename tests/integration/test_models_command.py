@@ -47,6 +47,7 @@ class SmallWorker:
         self._guard = PointerGuard(folder / worker_id, settings.models.name, settings.models.trusted())
         self._refuses, self._ignores = refuses, ignores
         self.status = WorkerStatus(worker_id, 0, "group", LiveModel(BOOTSTRAP_VERSION, 0, "space"), [], [])
+        self.spoken = False
 
     async def run(self, producer: AIOKafkaProducer) -> None:
         while True:
@@ -59,6 +60,7 @@ class SmallWorker:
             self.status.time_ms = now_ms()
             value = msgspec.json.encode(self.status)
             await producer.send_and_wait(self._names.model_status, value, key=self.status.worker_id.encode())
+            self.spoken = True
             await asyncio.sleep(0.1)
 
     def _follow(self, pointer: Pointer | None) -> None:
@@ -77,12 +79,12 @@ class SmallWorker:
 
 @asynccontextmanager
 async def workers(settings: Settings, *made: SmallWorker) -> AsyncIterator[None]:
-    """Run workers, from their first words on."""
+    """Run workers, from when the broker holds the first words of each."""
     producer = new_producer(settings)
     await producer.start()
     tasks = [asyncio.create_task(worker.run(producer)) for worker in made]
     try:
-        await wait_until(lambda: all(worker.status.time_ms for worker in made), 30, "every worker has spoken")
+        await wait_until(lambda: all(worker.spoken for worker in made), 30, "every worker has spoken")
         yield
     finally:
         for task in tasks:
