@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Final, Protocol
 
 import numpy as np
@@ -18,6 +19,7 @@ from models.catalogue import Catalogue
 from models.co_clicks import CoClicks
 from models.counters import CLICKS, ItemCounters
 from models.events import Filters
+from models.newest import NewestFirst
 from models.ranking import F32, I32, LONG_TERM, SHORT_TERM, TASTES, Bools, clip_ctr, is_in
 from models.retrieval import VectorIndex
 from models.rules import RulesConfig
@@ -97,6 +99,12 @@ class Refusal:
             refused[b] |= self._by_wish(rows[b], b)
         return refused
 
+    def each(self, *parts: I32) -> list[Bools]:
+        """Return which rows of each part [B, n] are refused, bool [B, n]: one look costs a slate less than several."""
+        refused = self(np.concatenate(parts, axis=1))
+        ends = np.cumsum([part.shape[1] for part in parts]).tolist()
+        return [refused[:, end - part.shape[1] : end] for end, part in zip(ends, parts, strict=True)]
+
     def one(self, rows: I32, b: int) -> Bools:
         """Return which of the servable rows [n] the request ``b`` refuses, bool [n]."""
         refused = self._by_wish(rows, b)
@@ -147,6 +155,14 @@ class Popular:
 
 
 @dataclass(slots=True)
+class Turns:
+    """What the sources offer each request, int32 [B, M], -1 for nothing, and the codes of the sources int8 [M]."""
+
+    rows: I32
+    sources: I8
+
+
+@dataclass(slots=True)
 class Pool:
     """Candidates of each request: rows int32 [B, C] padded with -1, and the code of their source int8 [B, C]."""
 
@@ -165,35 +181,36 @@ def no_popular() -> Popular:
     return Popular(np.zeros(0, np.int32), 0, nothing, nothing, np.zeros(0, np.bool_))
 
 
-def popular_items(items: Catalogue, counters: ItemCounters, n: int, now_ms: int, half_life_index: int) -> Popular:
+def popular_items(
+    items: Catalogue,
+    counters: ItemCounters,
+    n: int,
+    now_ms: int,
+    half_life_index: int,
+    newest: NewestFirst | None = None,
+) -> Popular:
     """Return the ``n`` most popular servable items, filled up with the newest ones.
 
     Popularity is the number of clicks decayed with the half-life of that index. Ties go to the lower row.
+    ``newest``: of this moment, where the caller has it.
     """
+    newest_first = newest or NewestFirst(items, now_ms)
     n_items = min(len(items.index), items.capacity)
-    every = np.arange(n_items, dtype=np.int32)
-    servable = items.servable(every, now_ms)
-    top = counters.top(n, now_ms, half_life_index, CLICKS, servable)
-    clicks = counters.read(top, now_ms)[:, half_life_index, CLICKS]
+    top = counters.top(n, now_ms, half_life_index, CLICKS, newest_first.mask)
+    clicks = counters.decayed(top, now_ms, half_life_index, CLICKS)
     order = np.lexsort((top, -clicks))
     order = order[clicks[order] > 0]
     top, clicks = top[order].astype(np.int32), clicks[order]
     strength = np.zeros(n_items, np.float32)
     if len(top):
         strength[top] = np.log1p(clicks) / max(float(np.log1p(clicks[0])), 1e-9)
-    rest = servable.copy()
-    rest[top] = False
-    others = every[rest]
-    wanted = n - len(top)
-    if len(others) > wanted > 0:
-        published = items.published_at_ms[others]
-        edge = np.partition(published, len(others) - wanted)[len(others) - wanted]
-        others = others[published >= edge]
-    newest = others[np.lexsort((others, -items.published_at_ms[others]))][: max(wanted, 0)]
-    strength[newest] = np.linspace(NEWEST_STRENGTH, 0.0, len(newest), endpoint=False)
     has_clicks = np.zeros(n_items, np.bool_)
     has_clicks[top] = True
-    rows = np.concatenate([top, newest])
+    # Of the n newest, at most as many as are in the list already have clicks.
+    others = newest_first.first(n)
+    others = others[~has_clicks[others]][: n - len(top)]
+    strength[others] = np.linspace(NEWEST_STRENGTH, 0.0, len(others), endpoint=False)
+    rows = np.concatenate([top, others])
     ctr = clip_ctr(counters.smoothed_ctr(rows, now_ms, half_life_index))
     return Popular(rows, len(top), ctr, strength, has_clicks)
 
@@ -296,26 +313,49 @@ def merge(
 ) -> Pool:
     """Merge searches [B, V, n], the popular list and others into at most ``width`` different candidates a request.
 
+    As ``take_turns`` and ``first_of_each`` do; ``refused`` tells for rows [B, M] which may not be candidates.
+    """
+    turns = take_turns(found, active, popular, width, quotas, others)
+    return first_of_each(turns, refused(turns.rows), width)
+
+
+def take_turns(
+    found: I32,
+    active: Bools,
+    popular: I32,
+    width: int,
+    quotas: Quotas | None = None,
+    others: Sequence[Source] = (),
+) -> Turns:
+    """Return what searches [B, V, n], the popular list and others offer, in the order of their turns.
+
     Sources take turns by rank, as often as ``quotas`` says: by default the vector searches twice for each popular
-    item. An item that several sources found is of the one whose turn came first. A request without an active taste
-    gets popular items and others alone. ``popular``: [p] for all, or [B, p]. ``refused`` tells for rows [B, M] which
-    may not be candidates.
+    item. A request without an active taste gets popular items and others alone. ``popular``: [p] for all, or [B, p].
     """
     quotas = quotas or Quotas()
     batch, tastes, per_taste = found.shape
     used = [v for v in range(tastes) if active[:, v].any()]
     popular = popular[..., :width]
-    each = [(v, found[:, v], np.arange(per_taste) / quotas.vectors) for v in used]
-    shared = np.broadcast_to(popular, (batch, popular.shape[-1]))
-    each.append((POPULAR, shared, np.arange(popular.shape[-1]) / quotas.popular + 0.5))
-    each += [(code, rows, np.arange(rows.shape[1]) / turns + 0.75) for code, rows, turns in others]
-    rows = np.concatenate([part for _, part, _ in each], axis=1).astype(np.int64)
-    ranks = np.concatenate([rank for _, _, rank in each])
-    sources = np.concatenate([np.full(part.shape[1], code, np.int64) for code, part, _ in each])
-    turn = np.lexsort((sources, ranks))
-    rows, sources = rows[:, turn], sources[turn].astype(np.int8)
-    gone = (rows < 0) | refused(rows.astype(np.int32))
-    return _first_of_each(rows, sources, gone, width)
+    parts = [found[:, v] for v in used]
+    each = [(v, per_taste, quotas.vectors, 0.0) for v in used]
+    parts.append(np.broadcast_to(popular, (batch, popular.shape[-1])))
+    each.append((POPULAR, popular.shape[-1], quotas.popular, 0.5))
+    parts += [rows for _, rows, _ in others]
+    each += [(code, rows.shape[1], turns, 0.75) for code, rows, turns in others]
+    order, sources = _order_of_turns(tuple(each))
+    return Turns(np.concatenate(parts, axis=1)[:, order], sources)
+
+
+@lru_cache(maxsize=64)
+def _order_of_turns(each: tuple[tuple[int, int, float, float], ...]) -> tuple[npt.NDArray[np.intp], I8]:
+    """Return in which order columns have their turns, and whose they are then, [M] each.
+
+    ``each``: code of a source, its columns, its turns, and when it begins. Slates ask for a handful of combinations.
+    """
+    ranks = np.concatenate([np.arange(columns) / turns + begins for _, columns, turns, begins in each])
+    sources = np.repeat([code for code, *_ in each], [columns for _, columns, _, _ in each])
+    order = np.lexsort((sources, ranks))
+    return order, sources[order].astype(np.int8)
 
 
 def pin(pool: Pool, pinned: I32, refused: Bools, source: int = PINNED) -> None:
@@ -375,11 +415,14 @@ def pinned_first(columns: npt.NDArray[np.int64], counts: npt.NDArray[np.int64], 
     columns[counted] = front[counted]
 
 
-def _first_of_each(rows: npt.NDArray[np.int64], sources: I8, gone: Bools, width: int) -> Pool:
-    """Keep the first occurrence of each row, in column order, at most ``width`` of them.
+def first_of_each(turns: Turns, refused: Bools, width: int) -> Pool:
+    """Keep the first occurrence of each row that is not refused [B, M], in their order, at most ``width`` of them.
 
-    Two sorts of packed (row, column) keys: NumPy sorts plain integers many times faster than it argsorts.
+    So an item that several sources found is of the one whose turn came first. Two sorts of packed (row, column) keys:
+    NumPy sorts plain integers many times faster than it argsorts.
     """
+    rows, sources = turns.rows.astype(np.int64), turns.sources
+    gone = (rows < 0) | refused
     batch, columns = rows.shape
     if not columns:
         return Pool(np.full((batch, width), -1, np.int32), np.zeros((batch, width), np.int8))

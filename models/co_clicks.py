@@ -30,6 +30,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field
 
+from models.columns import at_columns
 from models.item_index import ItemIndex
 from models.user_batch import rounds
 from models.user_events import ACTION, Outcome, UserEvent
@@ -146,8 +147,8 @@ class CoClicks:
         hashes, codes, times_ms = recent(rows)
         liked = (codes & POSITIVE) != 0
         front = _front(liked)
-        times_ms = np.take_along_axis(times_ms, front, axis=1)
-        hashes = np.take_along_axis(np.where(liked, hashes, 0), front, axis=1)
+        times_ms = at_columns(times_ms, front)
+        hashes = at_columns(np.where(liked, hashes, 0), front)
         items = self._rows(hashes)
         most = self.config.last_items
         padded = np.concatenate([items[:, 1:], np.full((len(items), most), -1, np.int32)], axis=1)
@@ -199,7 +200,7 @@ class CoClicks:
         gets the same alone and in any batch.
         """
         size, config, decay = len(self._followers), self.config, self._decay(now_ms)
-        liked = np.take_along_axis(liked, _front(liked >= 0), axis=1)
+        liked = at_columns(liked, _front(liked >= 0))
         known = (liked >= 0) & (liked < size)
         if not known.any() or most <= 0:
             return np.full((len(liked), 0), -1, np.int32)
@@ -283,7 +284,7 @@ def _strongest(found: I32, strength: F64, most: int) -> I32:
     keys[strength <= 0] = last
     keys.sort(axis=1)
     row, used = keys >> 16, keys != last
-    own = np.where(used, np.take_along_axis(strength, np.where(used, keys & 0xFFFF, 0), axis=1), 0.0)
+    own = np.where(used, at_columns(strength, np.where(used, keys & 0xFFFF, 0)), 0.0)
     sums = np.cumsum(own, axis=1)
     begins, ends = np.ones((2, *row.shape), np.bool_)
     begins[:, 1:] = row[:, 1:] != row[:, :-1]
@@ -305,7 +306,7 @@ def _front(kept: npt.NDArray[np.bool_]) -> npt.NDArray[np.intp]:
 
 def _packed(items: U64) -> U64:
     """Return items [n, R] without the zeros between them."""
-    return np.take_along_axis(items, _front(items != 0), axis=1)
+    return at_columns(items, _front(items != 0))
 
 
 def _move_to_front(held: U64, codes: npt.NDArray[np.uint8], items: U64, actions: npt.NDArray[np.uint8]) -> None:

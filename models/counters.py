@@ -334,18 +334,20 @@ class ItemCounters:
         Ties by row. Only items counted at all and, with ``mask`` (bool [rows], shorter means False), allowed by it.
         Costs a pass over all rows: callers keep the result.
         """
-        values = self._sums[:-1, half_life_index * KINDS + kind].copy()
-        ahead = np.flatnonzero(self._ref_ms[:-1] > now_ms)
-        if len(ahead):
-            late = self._landmark.factors(np.append(self._ref_ms[ahead], now_ms))[:, half_life_index]
-            values[ahead] *= late[-1] / late[:-1]
+        column = self._sums[:-1, half_life_index * KINDS + kind]
+        found = np.flatnonzero(column > 0)
         if mask is not None:
-            values[len(mask) :] = 0.0
-            values[: len(mask)][~mask[: len(values)]] = 0.0
-        found = np.flatnonzero(values > 0)
+            found = found[: np.searchsorted(found, len(mask))]
+            found = found[mask[found]]
+        values = column[found]
+        ahead = np.flatnonzero(self._ref_ms[found] > now_ms)
+        if len(ahead):
+            late = self._landmark.factors(np.append(self._ref_ms[found[ahead]], now_ms))[:, half_life_index]
+            values[ahead] *= late[-1] / late[:-1]
         if len(found) > n > 0:
-            found = found[values[found] >= np.partition(values[found], len(found) - n)[len(found) - n]]
-        return found[np.argsort(-values[found], kind="stable")][: max(n, 0)].astype(np.int32)
+            best = np.flatnonzero(values >= np.partition(values, len(found) - n)[len(found) - n])
+            found, values = found[best], values[best]
+        return found[np.argsort(-values, kind="stable")][: max(n, 0)].astype(np.int32)
 
     # Inner parts
 

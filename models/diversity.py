@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field
 
+from models.columns import at_columns
 from models.ranking import F32, I32, SCORE_STEPS, UNWANTED_PENALTY, Bools, top_k
 
 LEAST_COMPARED: Final = 100
@@ -88,22 +89,24 @@ def diverse(
         return order[:, :k], np.minimum(counts, k)
     every = np.arange(batch)
     there = np.arange(reach) < compared[:, None]
-    ordered = scores[every[:, None], order]
+    ordered = at_columns(scores, order)
     penalised = ordered < -UNWANTED_PENALTY / 2
     strength = np.float32(config.sameness)
     worth = (1 - strength) * _relevance(ordered, there & ~penalised)
     worth -= np.where(penalised, UNWANTED_PENALTY, np.float32(0))
     gone = np.where(there, np.float32(0), np.float32(-np.inf))
-    # Whole vectors at once: take_along_axis would look up each of their numbers.
     near = vectors[every[:, None], order] if strength else vectors
-    kinds = categories[every[:, None], order]
+    # What has no category has one of its own, which is never full.
+    kinds = at_columns(categories, order)
+    kinds = np.where(kinds > 0, kinds, -1 - np.arange(reach, dtype=np.int32))
     used = np.zeros((batch, reach), np.int32)
     likeness = np.zeros((batch, reach), np.float32)
     chosen = np.zeros((batch, min(k, reach)), np.int64)
     for place in range(chosen.shape[1]):
-        value = worth - strength * likeness
+        value = strength * likeness
+        np.subtract(worth, value, out=value)
         if 0 < config.max_per_category <= place:
-            value -= np.float32(_OVER_LIMIT) * (used >= config.max_per_category)
+            np.subtract(value, np.float32(_OVER_LIMIT), out=value, where=used >= config.max_per_category)
         # In steps, as scores are compared: the last bits of a product decide nothing, the better score does.
         value *= np.float32(SCORE_STEPS)
         np.rint(value, out=value)
@@ -113,11 +116,10 @@ def diverse(
         gone[every, best] = -np.inf
         if strength:
             now = np.matmul(near, near[every, best][:, :, None])[:, :, 0]
-            likeness = now if place == 0 else np.maximum(likeness, now)
+            likeness = now if place == 0 else np.maximum(likeness, now, out=likeness)
         if config.max_per_category:
-            kind = kinds[every, best][:, None]
-            used += (kinds == kind) & (kind > 0)
-    return np.take_along_axis(order, chosen, axis=1), np.minimum(counts, chosen.shape[1])
+            used += kinds == kinds[every, best][:, None]
+    return at_columns(order, chosen), np.minimum(counts, chosen.shape[1])
 
 
 def _relevance(scores: F32, usual: Bools) -> F32:

@@ -5,7 +5,8 @@ Legend of shapes: P = items of the pool, N = draws, B = requests, J = slots.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Final, Self
 
 import numpy as np
@@ -18,9 +19,12 @@ from models.counter_events import CLICKS, IMPRESSIONS
 from models.counters import ItemCounters
 from models.events import MAX_K, ExplorationDraw
 from models.exploration import U64, mixed
+from models.newest import NewestFirst
 from models.ranking import F32, I32, Bools
 
 NOT_DRAWN: Final = -1
+_KEPT_TABLES: Final = 1_000
+"""Tables that a pool keeps, of 2 KB each at the defaults; then it begins anew."""
 
 
 class FreshSlots(BaseModel):
@@ -53,38 +57,71 @@ class FreshSlots(BaseModel):
 class FreshPool:
     """New items at one moment, and how ``draws`` draws of their click rates order them.
 
-    ``rows`` int32 [P]; ``orders`` int16 [N, P]: places in ``rows``, the greatest drawn rate first.
+    ``rows`` int32 [P], and their ids; ``orders`` int16 [N, P]: places in ``rows``, the greatest drawn rate first.
     """
 
     rows: I32
+    ids: list[str]
     orders: npt.NDArray[np.int16]
+    _tables: dict[tuple[bytes, int], npt.NDArray[np.int16]] = field(default_factory=dict)
+    """By what is allowed and the number of slots: most users may be shown the whole pool."""
 
     @classmethod
-    def build(cls, catalogue: Catalogue, counters: ItemCounters, rows: I32, config: FreshSlots, now_ms: int) -> Self:
-        """Return the pool at ``now_ms`` out of servable rows, int32 [n].
+    def build(
+        cls,
+        catalogue: Catalogue,
+        counters: ItemCounters,
+        config: FreshSlots,
+        now_ms: int,
+        newest: NewestFirst | None = None,
+        refused: Callable[[I32], Bools] | None = None,
+    ) -> Self:
+        """Return the pool at ``now_ms``: the newest servable items that are known little, but those ``refused``.
 
-        Each item's rate is drawn from Beta(a + clicks, b + impressions − clicks), with its exact counts and the
-        prior a / (a + b) = prior_ctr, a + b = prior_strength (Thompson 1933; Chapelle and Li 2011, algorithm 2).
+        ``newest``: of this moment, where the caller has it. Each item's rate is drawn from Beta(a + clicks,
+        b + impressions − clicks), with its exact counts and the prior a / (a + b) = prior_ctr, a + b = prior_strength
+        (Thompson 1933; Chapelle and Li 2011, algorithm 2).
         """
-        published = catalogue.published_at_ms[rows]
-        young = (published <= now_ms) & (now_ms - published <= config.max_age_seconds * 1000)
-        rows, published = rows[young], published[young]
+        newest = newest or NewestFirst(catalogue, now_ms)
+        oldest_ms = now_ms - config.max_age_seconds * 1000
+        asked = 4 * config.pool_items
+        while True:
+            # Few are looked at: the newest do, as a rule, and a catalogue is long.
+            looked_at = newest.first(asked)
+            rows = looked_at[~refused(looked_at)] if refused is not None else looked_at
+            published = catalogue.published_at_ms[rows]
+            rows = rows[(published <= now_ms) & (published >= oldest_ms)]
+            rows = rows[counters.totals(rows)[:, IMPRESSIONS] < config.max_impressions][: config.pool_items]
+            if len(rows) == config.pool_items or len(looked_at) < asked or (published < oldest_ms).any():
+                break
+            asked *= 4
         totals = counters.totals(rows)
-        little = totals[:, IMPRESSIONS] < config.max_impressions
-        rows, published, totals = rows[little], published[little], totals[little]
-        newest = np.lexsort((rows, -published))[: config.pool_items]
-        rows, totals = rows[newest], totals[newest]
         clicks = totals[:, CLICKS]
         a = config.prior_ctr * config.prior_strength + clicks
         b = (1 - config.prior_ctr) * config.prior_strength + np.maximum(totals[:, IMPRESSIONS] - clicks, 0)
         rates = np.random.default_rng(now_ms).beta(a, b, (config.draws, len(rows)))
-        return cls(rows, np.argsort(-rates, axis=1, kind="stable").astype(np.int16))
+        ids = [catalogue.index.item_id(row) for row in rows.tolist()]
+        return cls(rows, ids, np.argsort(-rates, axis=1, kind="stable").astype(np.int16))
+
+    @classmethod
+    def empty(cls) -> Self:
+        """Return a pool without items."""
+        return cls(np.zeros(0, np.int32), [], np.zeros((0, 0), np.int16))
 
     def tables(self, allowed: Bools, slots: int) -> npt.NDArray[np.int16]:
         """Return what each of the N draws puts into the first ``slots`` slots, int16 [N, ≤ J]: places in ``rows``.
 
         ``allowed`` bool [P]: what may be shown. The j-th slot gets the allowed item with the j-th greatest rate.
         """
+        key = allowed.tobytes(), slots
+        drawn = self._tables.get(key)
+        if drawn is None:
+            if len(self._tables) >= _KEPT_TABLES:
+                self._tables.clear()
+            drawn = self._tables[key] = self._drawn(allowed, slots)
+        return drawn
+
+    def _drawn(self, allowed: Bools, slots: int) -> npt.NDArray[np.int16]:
         slots = min(slots, int(allowed.sum()))
         here = allowed[self.orders]
         every = np.arange(len(here))
@@ -128,12 +165,11 @@ class Drawn:
 
 
 def draw_slots(
-    pool: FreshPool, config: FreshSlots, seeds: list[int | None], allowed: Bools, ids: list[str], ks: list[int]
+    pool: FreshPool, config: FreshSlots, seeds: list[int | None], allowed: Bools, ks: list[int]
 ) -> Drawn | None:
     """Draw for each request of a batch; None where nothing can be drawn for any.
 
-    ``seeds`` [B]: None draws nothing; ``allowed`` bool [B, P]; ``ids`` [P]: of the pool's items; ``ks`` [B]: lengths
-    of the slates.
+    ``seeds`` [B]: None draws nothing; ``allowed`` bool [B, P]; ``ks`` [B]: lengths of the slates.
     """
     if not len(pool.rows) or all(seed is None for seed in seeds):
         return None
@@ -151,7 +187,7 @@ def draw_slots(
         rows, chances = pool.draw(given, pool.tables(may, slots))
         drawn.rows[members, : rows.shape[1]] = rows
         drawn.propensities[members, : rows.shape[1]] = chances
-        known = [item_id for item_id, there in zip(ids, may.tolist(), strict=True) if there]
+        known = [item_id for item_id, there in zip(pool.ids, may.tolist(), strict=True) if there]
         for b in members:
             drawn.pool[b] = known
     return drawn

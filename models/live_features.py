@@ -15,7 +15,7 @@ import numpy.typing as npt
 from models.catalogue import NOT_GIVEN_MS, Catalogue, SpaceVectors
 from models.features import F32, RawSlates
 from models.item_index import ItemIndex
-from models.ranking import I32, NO_ROW, Bools, RankingConfig, UserRows, scale_tastes
+from models.ranking import I32, NO_ROW, Bools, Past, RankingConfig, UserRows, scale_tastes
 
 Int64 = npt.NDArray[np.int64]
 UInt64 = npt.NDArray[np.uint64]
@@ -77,12 +77,15 @@ def raw_from_state(
     vectors: SpaceVectors | None = None,
     valid: Bools | None = None,
     items: UInt64 | None = None,
+    past: Past | None = None,
+    tastes: F32 | None = None,
 ) -> RawSlates:
     """Return the raw state of slates: ``rows`` [S] of the users, ``item_rows`` int32 [S, C], ``time_ms`` int64 [S].
 
     An item row of -1 is padding, unless ``valid`` bool [S, C] says that an item is there of which nothing is known.
     ``vectors``: of the space that ``users`` reads in; default: those in use by the catalogue. ``items``: the hashes
-    [S, C], where a record is to be written; positions are for the caller to fill in.
+    [S, C], where a record is to be written; positions are for the caller to fill in. ``past`` and ``tastes``: of the
+    same rows at the same times, as ``past_of`` and ``own_tastes`` give them; a caller that has them saves their cost.
     """
     slates, width = item_rows.shape
     raw = RawSlates.empty(slates, width)
@@ -100,9 +103,11 @@ def raw_from_state(
     raw.counters = np.log1p(counters.read_at(item_rows, time_ms)).astype(np.float16)
     raw.age_seconds = _ages(item_rows, time_ms, catalogue)
     raw.first_seen_seconds = counters.first_seen_seconds(item_rows, time_ms)
-    _fill_shown(raw, rows, item_rows, catalogue, users)
-    _fill_acted(raw, item_rows, items, catalogue)
-    raw.sims = sims_of(rows, item_rows, time_ms, vectors or catalogue.space_vectors, users, ranking)
+    _fill_shown(raw, rows, item_rows, catalogue, users, past)
+    _fill_acted(raw, item_rows, items, catalogue, past)
+    if tastes is None:
+        tastes = own_tastes(rows, time_ms, users, ranking)
+    raw.sims = _sims(tastes, item_rows, vectors or catalogue.space_vectors)
     return raw
 
 
@@ -118,7 +123,10 @@ def sims_of(
 
     Zero where the item has no vector, or the user no taste. A second model of another space needs its own.
     """
-    tastes_STD = own_tastes(rows, time_ms, users, ranking)
+    return _sims(own_tastes(rows, time_ms, users, ranking), item_rows, vectors)
+
+
+def _sims(tastes_STD: F32, item_rows: I32, vectors: SpaceVectors) -> npt.NDArray[np.float16]:
     items_SCD, _ = vectors.of(item_rows)
     sims = np.empty((*item_rows.shape, 2), np.float16)
     for taste in range(2):
@@ -149,15 +157,15 @@ def _fill_recent(raw: RawSlates, rows: UserRows, users: TimedReader) -> None:
     raw.recent_age_seconds = np.where(held, ages_ms / 1000.0, 0.0).astype(np.float32)
 
 
-def _fill_acted(raw: RawSlates, item_rows: I32, items: UInt64 | None, catalogue: Catalogue) -> None:
+def _fill_acted(raw: RawSlates, item_rows: I32, items: UInt64 | None, catalogue: Catalogue, past: Past | None) -> None:
     """Fill when the user last acted on each item, from the recent items that are there already, newest first.
 
     By hash where hashes are given, which tells of items that no record names too; candidates all have rows.
     """
     hashes = raw.recent_items
-    rows = catalogue.index.rows_by_hash(hashes.ravel().tolist(), hashes.size).reshape(hashes.shape)
-    rows[(rows < 0) | (hashes == 0)] = NO_ROW
     if items is None:
+        rows = past.recent if past is not None else _rows_of(hashes, catalogue)
+        rows = np.where((rows < 0) | (hashes == 0), np.int32(NO_ROW), rows)
         same = item_rows[:, None, :] == rows[:, ::-1, None]
     else:
         same = (items[:, None, :] == hashes[:, ::-1, None]) & raw.valid[:, None, :]
@@ -173,10 +181,19 @@ def _ages(item_rows: I32, time_ms: Int64, catalogue: Catalogue) -> F32:
     return np.asarray(ages, np.float32)
 
 
-def _fill_shown(raw: RawSlates, rows: UserRows, item_rows: I32, catalogue: Catalogue, users: TimedReader) -> None:
+def _rows_of(hashes: UInt64, catalogue: Catalogue) -> I32:
+    return catalogue.index.rows_by_hash(hashes.ravel().tolist(), hashes.size).reshape(hashes.shape)
+
+
+def _fill_shown(
+    raw: RawSlates, rows: UserRows, item_rows: I32, catalogue: Catalogue, users: TimedReader, past: Past | None
+) -> None:
     hashes, counts, shown_ms = users.shown(rows)
-    shown = catalogue.index.rows_by_short_hash(hashes.ravel().tolist(), hashes.size).reshape(hashes.shape)
-    shown[shown < 0] = NO_ROW
+    if past is not None:
+        shown = past.shown
+    else:
+        shown = catalogue.index.rows_by_short_hash(hashes.ravel().tolist(), hashes.size).reshape(hashes.shape)
+        shown[shown < 0] = NO_ROW
     ages = (np.maximum(raw.time_ms[:, None] - shown_ms, 0) / 1000.0).astype(np.float32)
     slates, entries, places = _where(item_rows[:, None, :] == shown[:, :, None])
     raw.shown_counts[slates, places] = counts[slates, entries]

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field
 
+from models.columns import at_columns
 from models.events import ACTIONS
 from models.item_index import ItemIndex
 from models.user_row import ACTION_MASK, NEGATIVE, POSITIVE
@@ -113,6 +114,10 @@ class RankingConfig(BaseModel):
         description="Items that the user clicked, bought, rated … within this many seconds are left out.",
     )
 
+    def reads_tastes_as(self, other: RankingConfig) -> bool:
+        """Whether user vectors become the same tastes by these settings as by others."""
+        return (self.full_norm, self.least_evidence) == (other.full_norm, other.least_evidence)
+
     def taste_weights(self) -> F32:
         """Return the weights of similarity, float32 [V], in the order of TASTES."""
         return np.array(
@@ -142,13 +147,14 @@ class Past:
     ``unwanted`` int32 [B, X]: rows to leave out (clicked lately, hidden, disliked, shown too often).
     ``shown`` int32 [B, S] and ``shown_counts`` float32 [B, S]: rows shown lately and how often.
     Both are padded with -2, which equals no candidate.
-    ``liked`` int32 [B, R]: rows of items with a positive action, newest first, -1 elsewhere; ``actions`` uint8 [B, R]:
-    codes of those actions.
+    ``recent`` int32 [B, R]: rows of the items acted on, newest first, -1 for those not known; ``liked`` int32 [B, R]:
+    the same where the action was a positive one, -1 elsewhere; ``actions`` uint8 [B, R]: codes of those actions.
     """
 
     unwanted: I32
     shown: I32
     shown_counts: F32
+    recent: I32
     liked: I32
     actions: npt.NDArray[np.uint8]
 
@@ -184,6 +190,7 @@ def past_of(reader: UserReader, states: UserRows, index: ItemIndex, now_ms: int,
         unwanted=unwanted[:, (unwanted >= 0).any(axis=0)],
         shown=shown,
         shown_counts=times,
+        recent=recent,
         liked=np.where(used & ((codes & POSITIVE) != 0), recent, -1),
         actions=codes & np.uint8(ACTION_MASK),
     )
@@ -292,5 +299,5 @@ def top_k(scores: F32, rows: I32, valid: Bools, k: int) -> tuple[npt.NDArray[np.
         columns = np.argpartition(keys, k - 1, axis=1)[:, :k] if k else np.zeros((len(rows), 0), np.int64)
     else:
         columns = np.broadcast_to(np.arange(k), keys.shape)
-    order = np.argsort(np.take_along_axis(keys, columns, axis=1), axis=1, kind="stable")
-    return np.take_along_axis(columns, order, axis=1), np.minimum(valid.sum(axis=1), k)
+    order = np.argsort(at_columns(keys, columns), axis=1, kind="stable")
+    return at_columns(columns, order), np.minimum(valid.sum(axis=1), k)

@@ -23,6 +23,7 @@ from models.candidates import (
     TREND_OF_CATEGORY,
 )
 from models.catalogue import Catalogue
+from models.columns import at_columns
 from models.events import ACTIONS, Reason, RecommendedItem
 from models.ranking import F32, I32, LONG_TERM, PROFILE, QUERY, SHORT_TERM, Bools
 from models.reason_texts import TEXTS, Language
@@ -81,9 +82,8 @@ def nearest_liked(winner_vectors: F32, liked_vectors: F32, known: Bools, least: 
         return np.full((*winner_vectors.shape[:2], 1), -1, np.int64)
     near = np.matmul(winner_vectors, liked_vectors.transpose(0, 2, 1))
     near = np.where(known[:, None, :], near, np.float32(-np.inf))
-    best = near.argmax(axis=2)[:, :, None]
-    value = np.take_along_axis(near, best, axis=2)
-    return np.where(value >= least, best, -1)
+    best = np.where(near.max(axis=2) >= least, near.argmax(axis=2), -1)
+    return best[:, :, None]
 
 
 def looked_at(
@@ -101,8 +101,9 @@ def looked_at(
     speaks = known[:, None, :] & (weights >= np.maximum(highest * np.float32(SHARE_OF_HIGHEST), LEAST_WEIGHT))
     speaks &= np.matmul(winner_vectors, liked_vectors.transpose(0, 2, 1)) >= least
     weights = np.where(speaks, weights, np.float32(0))
-    best = np.argsort(-weights, axis=2, kind="stable")[:, :, :MOST_NAMED]
-    return np.where(np.take_along_axis(weights, best, axis=2) > 0, best, -1)
+    flat = weights.reshape(-1, weights.shape[2])
+    best = np.argsort(-flat, axis=1, kind="stable")[:, :MOST_NAMED]
+    return np.where(at_columns(flat, best) > 0, best, -1).reshape(*weights.shape[:2], -1)
 
 
 def assemble(winners: Winners, catalogue: Catalogue, language: Language = "en") -> list[list[RecommendedItem]]:

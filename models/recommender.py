@@ -22,16 +22,18 @@ from models.candidates import (
     Refusal,
     Source,
     co_clicked,
+    first_of_each,
     listed,
-    merge,
     no_popular,
     pin,
     pinned_first,
     popular_items,
     search_tastes,
+    take_turns,
 )
 from models.catalogue import Catalogue
 from models.co_clicks import CoClicks
+from models.columns import at_columns
 from models.context_lists import BatchLeanings, ContextLists
 from models.counters import CLICKS, ItemCounters
 from models.diversity import debiased, diverse
@@ -41,6 +43,7 @@ from models.fresh_slots import Drawn, FreshPool, draw_slots, place
 from models.hashing import hash64
 from models.live_features import IndexedVectors, raw_from_state
 from models.log_odds import probability, trusted_log_odds
+from models.newest import NewestFirst
 from models.ranking import (
     F32,
     LONG_TERM,
@@ -56,6 +59,7 @@ from models.ranking import (
     RankingConfig,
     UserReader,
     UserRows,
+    among,
     clip_ctr,
     counts_of,
     is_in,
@@ -115,6 +119,8 @@ class Recommender:
         self._numbers: dict[tuple[str | None, str | None], int] = {}
         self._fresh: dict[int, FreshPool] = {}
         self._lists: Lists | None = None
+        self._newest: NewestFirst | None = None
+        """Of the last refresh: what all lists are made of until the next one."""
         self._popular = no_popular()
         self._refreshed_at_ms: int | None = None
         self.fallbacks_without_past = 0
@@ -155,12 +161,14 @@ class Recommender:
         last_ms = self._refreshed_at_ms
         if last_ms is not None and 0 <= now_ms - last_ms < self.config.refresh_seconds * 1000:
             return
+        self._newest = NewestFirst(self._catalogue, now_ms)
         self._popular = popular_items(
             self._catalogue,
             self._counters,
             self.config.popular_items,
             now_ms,
             self.config.popularity_half_life_index,
+            self._newest,
         )
         self._refreshed_at_ms = now_ms
         if self.contexts is not None:
@@ -274,30 +282,37 @@ class Recommender:
         past = past_of(self._users, states, self._catalogue.index, now_ms, ranking)
         leanings = self._leanings(batch, plan, now_ms)
         refuse = Refusal(self._catalogue, batch, None if given else past.unwanted, now_ms, plan.rules)
-        pinned = self._pinned(batch, plan) if plan.rules.pinned and not given else None
-        fresh = self._draw_fresh(batch, number, refuse, ks, now_ms) if plan.fresh_slots.slots and not given else None
+        pinned, fresh = None, None
         if given:
             pool = self._given(batch, refuse)
         else:
+            pinned = self._pinned(batch, plan)
+            new = self._fresh_pool(number, now_ms)
             found = search_tastes(self._vector_index, tastes, active, max(1, 3 * width // 4))
             others = self._others(plan.quotas, past, width, now_ms)
             popular = self._popular.rows
             if leanings is not None:
                 popular = leanings.popular(active, self._popular)
                 others += leanings.sources(active, plan.quotas, width)
-            pool = merge(found, active, popular, width, refuse, plan.quotas, others)
+            turns = take_turns(found, active, popular, width, plan.quotas, others)
+            refused, not_pinned, not_new = refuse.each(
+                turns.rows, pinned, np.broadcast_to(new.rows, (len(batch), len(new.rows)))
+            )
+            pool = first_of_each(turns, refused, width)
             self._complete(pool, ks, tastes, active, refuse, plan, now_ms)
-        if pinned is not None:
-            pin(pool, pinned, refuse(pinned))
-        if fresh is not None:
-            pin(pool, fresh.rows, fresh.rows < 0, FRESH)
+            pin(pool, pinned, not_pinned)
+            # A randomised user's slate is drawn whole instead.
+            seeds = [request.slot_seed if request.draw_seed is None else None for request in batch]
+            fresh = draw_slots(new, plan.fresh_slots, seeds, ~not_new, ks.tolist())
+            if fresh is not None:
+                pin(pool, fresh.rows, fresh.rows < 0, FRESH)
         self.on_stage("retrieve")
         scored = self._score(states, pool, tastes, past, plan, given, now_ms, leanings)
         scores = self._adjust(scored.scores, pool, plan, now_ms)
         if given:
             scores -= is_in(pool.rows, past.unwanted) * UNWANTED_PENALTY
         columns, counts = self._order(scores, pool, ks, plan)
-        if pinned is not None:
+        if pinned is not None and pinned.size:
             pinned_first(columns, counts, pool, pinned)
         propensities = self._draw(batch, pool, past, columns, counts)
         if fresh is not None:
@@ -316,7 +331,7 @@ class Recommender:
         found: list[Source] = []
         if quotas.has_lists:
             if self._lists is None:
-                self._lists = Lists.build(self._catalogue, self._counters, now_ms)
+                self._lists = Lists.build(self._catalogue, self._counters, now_ms, self._newest)
             found = listed(self._lists, quotas, self._catalogue, past.liked, width)
         if quotas.co_click and self.co_clicks is not None:
             found.append(co_clicked(self.co_clicks, quotas, past.liked, width, now_ms))
@@ -327,32 +342,25 @@ class Recommender:
             return None
         return self.contexts.of([r.context for r in batch], self._popular, self.config, now_ms)
 
-    def _draw_fresh(
-        self,
-        batch: Sequence[SlateRequest],
-        number: int,
-        refuse: Refusal,
-        ks: npt.NDArray[np.int64],
-        now_ms: int,
-    ) -> Drawn | None:
-        """Draw for the slots that the plan keeps for new items; a randomised user's slate is drawn whole instead."""
-        plan = self._plans[number]
+    def _fresh_pool(self, number: int, now_ms: int) -> FreshPool:
+        """Return the new items that the slots of a plan are drawn from; none where it keeps no slots."""
         pool = self._fresh.get(number)
         if pool is None:
-            rows = self._catalogue.servable_rows(now_ms)
-            kept_out = np.isin(rows, self._catalogue.index.rows(list(plan.rules.pinned)))
-            kept_out |= plan.rules.refused(self._catalogue, rows, now_ms)
-            pool = FreshPool.build(self._catalogue, self._counters, rows[~kept_out], plan.fresh_slots, now_ms)
+            plan, pool = self._plans[number], FreshPool.empty()
+            if plan.fresh_slots.slots:
+                pinned = self._catalogue.index.rows(plan.rules.pinned)
+
+                def refused(rows: npt.NDArray[np.int32]) -> Bools:
+                    return plan.rules.refused(self._catalogue, rows, now_ms) | among(rows, pinned)
+
+                pool = FreshPool.build(self._catalogue, self._counters, plan.fresh_slots, now_ms, self._newest, refused)
             self._fresh[number] = pool
-        seeds = [request.slot_seed if request.draw_seed is None else None for request in batch]
-        allowed = ~refuse(np.repeat(pool.rows[None], len(batch), axis=0))
-        ids = [self._catalogue.index.item_id(row) for row in pool.rows.tolist()]
-        return draw_slots(pool, plan.fresh_slots, seeds, allowed, ids, ks.tolist())
+        return pool
 
     def _pinned(self, batch: Sequence[SlateRequest], plan: Plan) -> npt.NDArray[np.int32]:
         """Return the rows of the pinned items of each request, int32 [B, P], -1 for those that are not known."""
         rows = self._catalogue.index.rows(list(dict.fromkeys(plan.rules.pinned)))
-        return np.repeat(rows.astype(np.int32)[None], len(batch), axis=0)
+        return np.repeat(rows[None], len(batch), axis=0)
 
     def _adjust(self, scores: F32, pool: Pool, plan: Plan, now_ms: int) -> F32:
         """Return the scores [B, C] after debias and boosts; the very same where neither is on."""
@@ -473,20 +481,28 @@ class Recommender:
             return Scored(scores, features.ctr)
         times_ms = np.full(len(states), now_ms, np.int64)
         # The settings of all, not of an arm: features must be those that the examples have.
-        usual, vectors = self.config.ranking, model.vectors
+        usual = self.config.ranking
+        own = tastes[:, : LONG_TERM + 1] if reader is self._users and ranking.reads_tastes_as(usual) else None
         raw = raw_from_state(
-            states, pool.rows, times_ms, self._catalogue, self._counters, reader, usual, vectors=vectors
+            states,
+            pool.rows,
+            times_ms,
+            self._catalogue,
+            self._counters,
+            reader,
+            usual,
+            vectors=model.vectors,
+            past=past,
+            tastes=own,
         )
-        recent = raw.recent_items
-        recent_rows = self._catalogue.index.rows_by_hash(recent.ravel().tolist(), recent.size).reshape(recent.shape)
         self.on_stage("gather")
-        log_odds = model.log_odds(raw, pool.rows, recent_rows, ranking)
+        log_odds = model.log_odds(raw, pool.rows, past.recent, ranking)
         # Named candidates were chosen: the order among what is shown is what the model learned.
         believed = log_odds if given else trusted_log_odds(log_odds, raw, ranking, model.features)
         scores = believed + wish_log_odds(self._catalogue.vectors, pool.rows, tastes, ranking)
         if lift is not None:
             scores += np.float32(ranking.context_log_odds) * lift
-        return Scored(scores, clip_ctr(probability(log_odds)), lambda rows: model.attention(raw, rows, recent_rows))
+        return Scored(scores, clip_ctr(probability(log_odds)), lambda rows: model.attention(raw, rows, past.recent))
 
     def _gather(self, pool: Pool, tastes: F32, past: Past, now_ms: int) -> Features:
         rows = np.maximum(pool.rows, 0)
@@ -537,7 +553,7 @@ class Recommender:
         past: Past,
         active: Bools,
     ) -> Winners:
-        rows = np.take_along_axis(pool.rows, columns, axis=1)
+        rows = at_columns(pool.rows, columns)
         vectors, _ = self._catalogue.vectors_of(rows)
         liked_vectors, known = self._catalogue.vectors_of(past.liked)
         weights, least = scored.attention(rows), self.config.reason_similarity
@@ -549,9 +565,9 @@ class Recommender:
         return Winners(
             rows=rows,
             counts=counts,
-            sources=np.take_along_axis(pool.sources, columns, axis=1),
-            scores=np.take_along_axis(scores, columns, axis=1),
-            ctr=np.take_along_axis(scored.ctr, columns, axis=1),
+            sources=at_columns(pool.sources, columns),
+            scores=at_columns(scores, columns),
+            ctr=at_columns(scored.ctr, columns),
             trending=self._popular.is_trending(rows),
             named=np.where(near >= 0, past.liked[each, place], -1).astype(np.int32),
             actions=past.actions[each[:, 0], place[:, :, 0]],

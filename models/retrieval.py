@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field
 
+from models.columns import at_columns
 from models.errors import SettingsError
 
 Rows = npt.NDArray[np.int32]
@@ -140,10 +141,10 @@ class _Snapshot:
             found_scores, places = self.index.search(queries[open_queries], fetch)
             good = (places >= 0) & self.alive[places]
             order = np.argsort((~good).view(np.uint8), axis=1, kind="stable")[:, :k]
-            chosen = np.take_along_axis(good, order, 1)
+            chosen = at_columns(good, order)
             width = order.shape[1]
-            rows[open_queries, :width] = np.where(chosen, self.rows[np.take_along_axis(places, order, 1)], -1)
-            scores[open_queries, :width] = np.where(chosen, np.take_along_axis(found_scores, order, 1), -np.inf)
+            rows[open_queries, :width] = np.where(chosen, self.rows[at_columns(places, order)], -1)
+            scores[open_queries, :width] = np.where(chosen, at_columns(found_scores, order), -np.inf)
             open_queries = open_queries[good.sum(1) < min(k, self.live)]
             if not len(open_queries) or fetch >= self._most:
                 break
@@ -235,7 +236,7 @@ class VectorIndex:
             rows = np.concatenate([rows, newer_rows], axis=1)
             scores = np.concatenate([scores, newer_scores], axis=1)
             best = np.argsort(-scores, axis=1, kind="stable")[:, :k]
-            rows, scores = np.take_along_axis(rows, best, 1), np.take_along_axis(scores, best, 1)
+            rows, scores = at_columns(rows, best), at_columns(scores, best)
         return rows, scores
 
     def recall(self, queries: Floats, k: int = 100) -> float:

@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from models.catalogue import Catalogue
 from models.counters import CLICKS, ItemCounters
+from models.newest import NewestFirst
 from models.ranking import I32
 
 LENGTH: Final = 200
@@ -38,16 +39,17 @@ class Lists:
     newest: I32
 
     @classmethod
-    def build(cls, catalogue: Catalogue, counters: ItemCounters, now_ms: int) -> Self:
+    def build(
+        cls, catalogue: Catalogue, counters: ItemCounters, now_ms: int, newest: NewestFirst | None = None
+    ) -> Self:
         """Return the lists at ``now_ms``: by clicks decayed with the shortest half-life, and by publication time.
 
         An item trends in its first category. Items without clicks do not trend; those that are not out yet, or do not
         say when they came out, are not new.
         """
-        size = min(len(catalogue.index), catalogue.capacity)
-        servable = catalogue.servable(np.arange(size, dtype=np.int32), now_ms)
-        top = counters.top(KNOWN, now_ms, _HALF_LIFE, CLICKS, servable)
-        clicks = counters.read(top, now_ms)[:, _HALF_LIFE, CLICKS]
+        newest = newest or NewestFirst(catalogue, now_ms)
+        top = counters.top(KNOWN, now_ms, _HALF_LIFE, CLICKS, newest.mask)
+        clicks = counters.decayed(top, now_ms, _HALF_LIFE, CLICKS)
         order = np.lexsort((top, -clicks))
         top = top[order][clicks[order] > 0].astype(np.int32)
         codes = catalogue.category_codes(top)
@@ -58,15 +60,7 @@ class Lists:
         kept = (place < LENGTH) & (codes[grouped] > 0)
         by_category[codes[grouped][kept], place[kept]] = top[grouped][kept]
 
-        rows = np.flatnonzero(servable).astype(np.int32)
-        published = catalogue.published_at_ms[rows]
-        given = (published >= 0) & (published <= now_ms)
-        rows, published = rows[given], published[given]
-        if len(rows) > LENGTH:
-            edge = np.partition(published, len(rows) - LENGTH)[len(rows) - LENGTH]
-            rows, published = rows[published >= edge], published[published >= edge]
-        newest = rows[np.lexsort((rows, -published))][:LENGTH]
-        return cls(top[:LENGTH], by_category, newest)
+        return cls(top[:LENGTH], by_category, newest.out(now_ms, LENGTH))
 
     def of_likes(self, liked_codes: npt.NDArray[np.int32]) -> I32:
         """Return what trends in the categories of each request's newest liked items, int32 [B, CATEGORIES · L].

@@ -16,6 +16,7 @@ from typing import Any, Final, Literal, overload
 import numpy as np
 import numpy.typing as npt
 
+from models.columns import at_columns
 from models.errors import RowError
 from models.events import ACTIONS
 from models.user_batch import Carry, Columns, Context, Ints, RowVectors, half_lives, read_vectors, rounds
@@ -351,7 +352,7 @@ def _close_impressions(
         unclicked = entries["clicked"] == 0
         _step_against(rows, some[at[unclicked]], entries[unclicked], vectors, context)
     left = np.argsort(over, axis=1, kind="stable")
-    kept = np.take_along_axis(held, left, axis=1)
+    kept = at_columns(held, left)
     kept[np.arange(PENDING) >= (~over).sum(axis=1)[:, None]] = np.zeros((), kept.dtype)
     rows["pending"][some] = kept
 

@@ -80,8 +80,7 @@ def test_the_chance_of_the_first_slot_is_that_of_the_greatest_posterior_rate() -
     for i in range(4):
         catalogue.upsert(Item(item_id=f"i{i}", published_at=NOW_MS))
     counters = ItemCounters(catalogue.index, CountersConfig())
-    rows = np.arange(4, dtype=np.int32)
-    pool = FreshPool.build(catalogue, counters, rows, FreshSlots(slots=(1, 2), draws=10_000), NOW_MS)
+    pool = FreshPool.build(catalogue, counters, FreshSlots(slots=(1, 2), draws=10_000), NOW_MS)
     chances = {}
     tables = pool.tables(np.ones(4, np.bool_), 2)
     drawn, found = pool.draw(np.arange(200, dtype=np.uint64), tables)
