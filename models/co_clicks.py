@@ -131,7 +131,7 @@ class CoClicks:
         times_ms = np.array([events[i].time_ms for i in at], np.int64)
         is_step = np.zeros(len(at), np.bool_)
         earlier = np.zeros((len(at), self.config.last_items), np.uint64)
-        touched, order, bounds = rounds(np.array([events[i].user for i in at], np.intp))
+        touched, order, bounds = rounds([events[i].user for i in at])
         held, held_codes, _ = recent(before[touched])
         for start, end in pairwise(bounds):
             now, users = order[start:end], slice(0, end - start)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
 from models.user_events import (
     ACTION,
+    IMPRESSION,
     NO_SURFACE,
     Bools,
     UserEvent,
@@ -18,12 +21,14 @@ from models.user_events import (
     attribution_windows,
     strengths,
 )
-from models.user_row import DIM, SHOWN, Rows
+from models.user_row import DIM, ROW, ROW_BYTES, SHOWN, Rows
 from models.user_steps import F32, StepRates, norms
 
 Ints = npt.NDArray[np.intp]
 Carry = tuple[int, F32]
 """Hash of the space that vectors are carried over from, and M [D, D]: v in that space is about v @ M in this one."""
+_WHOLE: Final = np.dtype((np.void, ROW_BYTES))
+"""A row as one piece: NumPy copies a record field by field, at ten times the cost."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,19 +61,17 @@ class Context:
         carry: Carry | None = None,
     ) -> Context:
         """Return the context of one batch; arguments as of models.user_state.apply."""
-        return cls(
-            config,
-            vectors,
-            np.uint64(epoch),
-            np.uint64(space_id),
-            generation,
-            _rates(config),
-            strengths(config),
-            _biases(config, surfaces),
-            attribution_windows(config, surfaces),
-            half_lives(config),
-            carry,
-        )
+        tables = _tables(config, tuple(surfaces))
+        return cls(config, vectors, np.uint64(epoch), np.uint64(space_id), generation, *tables, carry)
+
+
+@lru_cache(maxsize=8)
+def _tables(
+    config: UserStateConfig, surfaces: tuple[str, ...]
+) -> tuple[StepRates, F32, F32, npt.NDArray[np.int64], npt.NDArray[np.float64]]:
+    """Return what a context reads of the settings, made once: rates, strengths, biases, windows, half-lives."""
+    windows_seconds = attribution_windows(config, surfaces)
+    return _rates(config), strengths(config), _biases(config, surfaces), windows_seconds, half_lives(config)
 
 
 def _rates(config: UserStateConfig) -> StepRates:
@@ -115,35 +118,35 @@ class Columns:
     def of(cls, events: Sequence[UserEvent], vectors: VectorSource) -> Columns:
         """Return the columns of events; looks up the vectors of all actions at once."""
         n = len(events)
-        sizes = np.fromiter((len(e.items) for e in events), np.intp, n)
-        flat = np.concatenate([e.items for e in events]) if n else np.zeros(0, np.uint64)
-        starts = np.cumsum(sizes) - sizes
-        item = np.zeros(n, np.uint64)
-        item[sizes > 0] = flat[starts[sizes > 0]]
-        shorts = (flat & np.uint64(0xFFFFFFFF)).astype(np.uint32)
-        shorts[shorts == 0] = 1
-        place_S = np.arange(SHOWN)
-        held_NS = place_S < sizes[:, None]
-        items_NS = np.zeros((n, SHOWN), np.uint32)
-        items_NS[held_NS] = shorts[(starts[:, None] + place_S)[held_NS]]
-        kind = np.fromiter((e.kind for e in events), np.int8, n)
-        vector_ND = np.zeros((n, DIM), np.float32)
-        known = np.zeros(n, np.bool_)
-        acted = np.flatnonzero((kind == ACTION) & (sizes > 0))
+        kind = np.array([e.kind for e in events], np.int8)
+        item, vector_ND, known = np.zeros(n, np.uint64), np.zeros((n, DIM), np.float32), np.zeros(n, np.bool_)
+        acted = (kind == ACTION).nonzero()[0]
         if len(acted):
+            item[acted] = [events[i].items[0] for i in acted.tolist()]
             found, known[acted] = vectors.by_hash(item[acted])
             vector_ND[acted] = np.where(known[acted, None], found, 0)
+        n_items, items_NS = np.zeros(n, np.uint8), np.zeros((n, SHOWN), np.uint32)
+        shown = (kind == IMPRESSION).nonzero()[0]
+        if len(shown):
+            slates = [events[i].items for i in shown.tolist()]
+            sizes = np.array([len(items) for items in slates])
+            n_items[shown] = np.minimum(sizes, 255)
+            shorts = (np.concatenate([items[:SHOWN] for items in slates]) & np.uint64(0xFFFFFFFF)).astype(np.uint32)
+            shorts[shorts == 0] = 1
+            held_NS = np.zeros((n, SHOWN), np.bool_)
+            held_NS[shown] = np.arange(SHOWN) < sizes[:, None]
+            items_NS[held_NS] = shorts
         return cls(
             kind,
-            np.fromiter((e.offset for e in events), np.int64, n),
-            np.fromiter((e.time_ms for e in events), np.int64, n),
-            np.fromiter((e.event_hash for e in events), np.uint64, n),
-            np.fromiter((e.request_hash for e in events), np.uint32, n),
-            np.fromiter((e.surface for e in events), np.uint8, n),
-            np.fromiter((e.action for e in events), np.uint8, n),
-            np.fromiter((e.strength for e in events), np.float32, n),
-            np.fromiter((e.label for e in events), np.float32, n),
-            np.minimum(sizes, 255).astype(np.uint8),
+            np.array([e.offset for e in events], np.int64),
+            np.array([e.time_ms for e in events], np.int64),
+            np.array([e.event_hash for e in events], np.uint64),
+            np.array([e.request_hash for e in events], np.uint32),
+            np.array([e.surface for e in events], np.uint8),
+            np.array([e.action for e in events], np.uint8),
+            np.array([e.strength for e in events], np.float32),
+            np.array([e.label for e in events], np.float32),
+            n_items,
             item,
             items_NS,
             vector_ND,
@@ -160,32 +163,33 @@ class RowVectors:
 
     def __init__(self, rows: Rows) -> None:
         self._rows = rows
-        self._h_RTD = np.empty((len(rows), 2, DIM), np.float32)
-        self._loaded = np.zeros(len(rows), np.bool_)
+        self._h_RTD: F32 | None = None
         self._stepped = np.zeros(len(rows), np.bool_)
 
     def get(self, at: Ints) -> F32:
         """Return the vectors of the rows ``at``, as they stand in this event."""
-        new = at[~self._loaded[at]]
-        if len(new):
-            self._h_RTD[new] = read_vectors(self._rows[new])
-            self._loaded[new] = True
-        return self._h_RTD[at]
+        return self._read()[at]
 
     def set(self, at: Ints, h_RTD: F32) -> None:
         """Replace the vectors of the rows ``at``."""
-        self._h_RTD[at] = h_RTD
-        self._loaded[at] = self._stepped[at] = True
+        self._read()[at] = h_RTD
+        self._stepped[at] = True
 
     def store(self) -> None:
         """Write back what moved: the one point at which values are rounded to fp16."""
-        at = np.flatnonzero(self._stepped)
+        at = self._stepped.nonzero()[0]
         if len(at):
-            h_RTD = self._h_RTD[at]
+            h_RTD = self.get(at)
             length_RT = norms(h_RTD)
             unit_RTD = h_RTD / np.where(length_RT > 0, length_RT, 1)[..., None]
             self._rows["vectors"][at] = unit_RTD.astype(np.float16)
             self._rows["norms"][at] = length_RT
+
+    def _read(self) -> F32:
+        # Of most events no vector is wanted: they are read when the first one is.
+        if self._h_RTD is None:
+            self._h_RTD = read_vectors(self._rows)
+        return self._h_RTD
 
 
 def read_vectors(rows: Rows) -> F32:
@@ -194,18 +198,33 @@ def read_vectors(rows: Rows) -> F32:
     return vectors
 
 
-def rounds(users: Ints) -> tuple[Ints, Ints, list[int]]:
+def rows_at(rows: Rows, at: npt.NDArray[Any]) -> Rows:
+    """Return a copy of the rows ``at``."""
+    copied: Rows = rows.view(_WHOLE)[at].view(ROW)
+    return copied
+
+
+def put_rows(rows: Rows, at: npt.NDArray[Any], new: Rows) -> None:
+    """Replace the rows ``at``, in place."""
+    rows.view(_WHOLE)[at] = new.view(_WHOLE)
+
+
+def rounds(users: Sequence[int]) -> tuple[Ints, Ints, list[int]]:
     """Return the users, busiest first, the order of events by round and user, and the bounds of the rounds.
 
     Busiest first makes the users of each round a prefix, so that a round works on a view.
     """
-    touched, inverse, counts = np.unique(users, return_inverse=True, return_counts=True)
-    busiest = np.argsort(-counts, kind="stable")
-    place = np.empty(len(touched), np.intp)
-    place[busiest] = np.arange(len(touched))
-    by_user = np.argsort(inverse, kind="stable")
-    rank = np.empty(len(users), np.intp)
-    rank[by_user] = np.arange(len(users)) - np.repeat(np.cumsum(counts) - counts, counts)
-    order = np.lexsort((place[inverse], rank))
-    bounds = np.concatenate([[0], np.cumsum(np.bincount(rank))])
-    return touched[busiest], order, bounds.tolist()
+    turns: dict[int, list[int]] = {}
+    for place, user in enumerate(users):
+        turns.setdefault(user, []).append(place)
+    touched = sorted(turns, key=lambda user: (-len(turns[user]), user))
+    waiting = [turns[user] for user in touched]
+    order: list[int] = []
+    bounds = [0]
+    while waiting:
+        turn = len(bounds) - 1
+        order += [places[turn] for places in waiting]
+        bounds.append(len(order))
+        while waiting and len(waiting[-1]) == turn + 1:
+            waiting.pop()
+    return np.array(touched, np.intp), np.array(order, np.intp), bounds

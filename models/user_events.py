@@ -86,6 +86,10 @@ class UserStateConfig(BaseModel):
         description="Such steps in a row, since the last positive action, that move the vector at all.",
     )
 
+    def __hash__(self) -> int:
+        """Return a hash by which what is made of the settings can be kept; the dictionaries among them have none."""
+        return hash((self.learning_rate, self.max_norm, self.default_base_rate, self.attribution_window_seconds))
+
 
 def surface_names(default: str, served: Iterable[str], config: UserStateConfig) -> list[str]:
     """Return the names of surfaces by number: the default one first, then ``served``, then those of ``config``.

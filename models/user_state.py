@@ -19,7 +19,18 @@ import numpy.typing as npt
 from models.columns import at_columns
 from models.errors import RowError
 from models.events import ACTIONS
-from models.user_batch import Carry, Columns, Context, Ints, RowVectors, half_lives, read_vectors, rounds
+from models.user_batch import (
+    Carry,
+    Columns,
+    Context,
+    Ints,
+    RowVectors,
+    half_lives,
+    put_rows,
+    read_vectors,
+    rounds,
+    rows_at,
+)
 from models.user_events import (
     ACTION,
     IMPRESSION,
@@ -155,46 +166,48 @@ def apply(
         raise RowError(
             f"item vectors have {vectors.dim} dimensions, a user row {DIM}; rows were kept: project to {DIM}"
         )
-    out = rows.copy()
+    out = rows_at(rows, np.arange(len(rows)))
     outcomes = np.zeros(len(events), np.int8)
-    kinds = np.fromiter((event.kind for event in events), np.int8, len(events))
-    before_index = np.flatnonzero(kinds == IMPRESSION) if keep_before else np.zeros(0, np.intp)
-    before = empty_rows(len(before_index))
+    impressions = [i for i, event in enumerate(events) if event.kind == IMPRESSION] if keep_before else []
+    before, before_index = empty_rows(len(impressions)), np.array(impressions, np.intp)
     if not events:
         return (out, outcomes, before, before_index) if keep_before else (out, outcomes)
     context = Context.of(config, vectors, epoch, space_id, generation, surfaces, carry)
-    users = np.fromiter((event.user for event in events), np.intp, len(events))
-    touched, order, bounds = rounds(users)
-    work = out[touched]
-    columns = Columns.of(events, vectors).take(order)
+    touched, order, bounds = rounds([event.user for event in events])
+    work = rows_at(rows, touched)
+    columns = Columns.of([events[i] for i in order.tolist()], vectors)
     for start, end in pairwise(bounds):
-        if keep_before:
-            shown_now = np.flatnonzero(columns.kind[start:end] == IMPRESSION)
-            before[np.searchsorted(before_index, order[start:end][shown_now])] = work[shown_now]
-        outcomes[order[start:end]] = _round(work[: end - start], columns.take(slice(start, end)), context)
-    out[touched] = work
+        turn = columns if len(bounds) == 2 else columns.take(slice(start, end))
+        if impressions:
+            shown_now = (turn.kind == IMPRESSION).nonzero()[0]
+            put_rows(before, before_index.searchsorted(order[start:end][shown_now]), rows_at(work, shown_now))
+        outcomes[order[start:end]] = _round(work[: end - start], turn, context)
+    put_rows(out, touched, work)
     return (out, outcomes, before, before_index) if keep_before else (out, outcomes)
 
 
 def _round(rows: Rows, events: Columns, context: Context) -> npt.NDArray[np.int8]:
     """Apply one event to each row, in place; return the outcomes."""
+    outcomes = np.zeros(len(rows), np.int8)
     replayed = (rows["epoch"] == context.epoch) & (rows["offset"] > events.offset)
-    above = ~replayed
+    repeated = rows["event_ids"] == events.event_hash[:, None]
+    # To count is the cheapest test of a few.
+    above: Bools | slice = ~replayed if np.count_nonzero(replayed) else slice(None)
     rows["version"][above] = VERSION
     rows["epoch"][above] = context.epoch
     rows["offset"][above] = events.offset[above] + 1
-    rows["flags"][above] &= np.uint8(~FLAG_MARKER & 0xFF)
-    duplicate = above & (rows["event_ids"] == events.event_hash[:, None]).any(axis=1)
-    outcomes = np.full(len(rows), Outcome.APPLIED, np.int8)
+    if np.count_nonzero(rows["flags"]):
+        rows["flags"][above] &= np.uint8(~FLAG_MARKER & 0xFF)
+    if np.count_nonzero(repeated):
+        outcomes[repeated.any(axis=1)] = Outcome.DUPLICATE
     outcomes[replayed] = Outcome.REPLAYED
-    outcomes[duplicate] = Outcome.DUPLICATE
-    fresh = np.flatnonzero(outcomes == Outcome.APPLIED)
+    fresh = (outcomes == Outcome.APPLIED).nonzero()[0]
     if len(fresh) == len(rows):
         _apply_events(rows, events, context)
     elif len(fresh):
-        some = rows[fresh]
+        some = rows_at(rows, fresh)
         _apply_events(some, events.take(fresh), context)
-        rows[fresh] = some
+        put_rows(rows, fresh, some)
     return outcomes
 
 
@@ -205,12 +218,20 @@ def _apply_events(rows: Rows, events: Columns, context: Context) -> None:
     frozen = _enter_space(rows, now_ms, vectors, context)
     _take_pending_steps(rows, frozen, vectors, context)
     _close_impressions(rows, now_ms, frozen, vectors, context)
-    acted = np.flatnonzero(events.kind == ACTION)
-    if len(acted):
-        _act(rows, acted, events if len(acted) == len(rows) else events.take(acted), frozen, vectors, context)
-    impressed = np.flatnonzero(events.kind == IMPRESSION)
-    if len(impressed):
-        _impress(rows, impressed, events if len(impressed) == len(rows) else events.take(impressed))
+    acted = (events.kind == ACTION).nonzero()[0]
+    if len(acted) == len(rows):
+        _act(rows, acted, events, frozen, vectors, context)
+    elif len(acted):
+        some = rows_at(rows, acted)
+        _act(some, acted, events.take(acted), frozen[acted], vectors, context)
+        put_rows(rows, acted, some)
+    impressed = (events.kind == IMPRESSION).nonzero()[0]
+    if len(impressed) == len(rows):
+        _impress(rows, events)
+    elif len(impressed):
+        some = rows_at(rows, impressed)
+        _impress(some, events.take(impressed))
+        put_rows(rows, impressed, some)
     rows["requests"] += events.kind == REQUEST
     vectors.store()
     ids = rows["event_ids"]
@@ -224,20 +245,23 @@ def _enter_space(rows: Rows, now_ms: npt.NDArray[np.int64], vectors: RowVectors,
     held = rows["space_id"]
     foreign = (held != context.space) & (held != 0)
     frozen: Bools = foreign & (rows["generation"] > context.generation)
-    stale = np.flatnonzero(foreign & ~frozen)
-    free = ~frozen
-    since_ms = np.where(rows["vector_time_ms"] > 0, rows["vector_time_ms"], now_ms)
+    stale = (foreign & ~frozen).nonzero()[0]
+    since_ms = rows["vector_time_ms"]
+    until_ms = np.where(frozen, since_ms, np.maximum(since_ms, now_ms))
+    elapsed_seconds = np.where(since_ms > 0, until_ms - since_ms, 0) / 1000.0
+    # Undecayed: both ways to make a vector anew decay by themselves.
+    some = rows_at(rows, stale)
+    rows["norms"] *= np.exp2(-elapsed_seconds[:, None] / context.half_lives_T).astype(np.float32)
     if len(stale):
-        rebuilt_RTD, pending = _rebuilt(rows[stale], now_ms[stale], context)
-        _carry_over(rows[stale], now_ms[stale], rebuilt_RTD, context)
+        rebuilt_RTD, pending = _rebuilt(some, now_ms[stale], context)
+        _carry_over(some, now_ms[stale], rebuilt_RTD, context)
         vectors.set(stale, rebuilt_RTD)
         rows["recent"]["action"][stale] = pending
         rows["unclicked"][stale] = 0
-    elapsed_seconds = np.where(free, np.maximum(now_ms - since_ms, 0), 0) / 1000.0
-    rows["norms"] *= np.exp2(-elapsed_seconds[:, None] / context.half_lives_T).astype(np.float32)
-    rows["vector_time_ms"] = np.where(free, np.maximum(rows["vector_time_ms"], now_ms), rows["vector_time_ms"])
-    rows["space_id"][free] = context.space
-    rows["generation"][free] = np.maximum(rows["generation"][free], context.generation)
+    rows["vector_time_ms"] = until_ms
+    rows["space_id"] = np.where(frozen, held, context.space)
+    # That of a frozen row is greater.
+    rows["generation"] = np.maximum(rows["generation"], context.generation)
     return frozen
 
 
@@ -287,7 +311,7 @@ def _carry_over(rows: Rows, until_ms: npt.NDArray[np.int64], h_RTD: F32, context
     at = np.flatnonzero(rows["space_id"] == np.uint64(old_space))
     if not len(at):
         return
-    long_RD = read_vectors(rows[at])[:, 1]
+    long_RD = read_vectors(rows_at(rows, at))[:, 1]
     mapped_RD = long_RD @ carry_DD
     length_R, mapped_length_R = np.linalg.norm(long_RD, axis=1), np.linalg.norm(mapped_RD, axis=1)
     since_ms = rows["vector_time_ms"][at]
@@ -305,6 +329,8 @@ def _decay(elapsed_seconds: npt.NDArray[Any], context: Context) -> F32:
 def _take_pending_steps(rows: Rows, frozen: Bools, vectors: RowVectors, context: Context) -> None:
     """Take the steps of items that have a vector now, oldest first: logistic, at the default base rate."""
     waiting = (rows["recent"]["action"] & STEP_PENDING) != 0
+    if not np.count_nonzero(waiting):
+        return
     some = np.flatnonzero(waiting.any(axis=1) & ~frozen)
     if not len(some):
         return
@@ -336,9 +362,9 @@ def _close_impressions(
     ring = rows["pending"]
     age_s = (now_ms // 1000)[:, None] - ring["time_s"]
     over = (ring["n"] > 0) & (age_s > context.windows_seconds[ring["surface"]]) & ~frozen[:, None]
-    some = np.flatnonzero(over.any(axis=1))
-    if not len(some):
+    if not np.count_nonzero(over):
         return
+    some = np.flatnonzero(over.any(axis=1))
     held = ring[some]
     over = over[some]
     # Oldest log order last in the ring: reversed, a stable sort by time breaks ties in favour of the older one.
@@ -384,9 +410,13 @@ def _step_against(rows: Rows, at: Ints, entries: Rows, vectors: RowVectors, cont
     vectors.set(at, stepped_RTD)
 
 
-def _held_items(entries: Rows, context: Context) -> tuple[F32, Bools]:
-    """Return the vectors [R, K, D] of the items that impressions hold, zero where unknown, and which are known."""
-    hashes = np.ascontiguousarray(entries["items"])
+def _held_items(entries: Rows, context: Context, room: int = 0) -> tuple[F32, Bools]:
+    """Return the vectors [R, K, D] of the items that impressions hold, zero where unknown, and which are known.
+
+    ``room``: places left free behind them.
+    """
+    hashes = np.zeros((len(entries), PENDING_ITEMS + room), np.uint32)
+    hashes[:, :PENDING_ITEMS] = entries["items"]
     found, known = context.vectors.by_short_hash(hashes.reshape(-1))
     known_RK = known.reshape(hashes.shape) & (hashes != 0)
     items_RKD = found.reshape(*hashes.shape, DIM) * known_RK[..., None]
@@ -394,24 +424,23 @@ def _held_items(entries: Rows, context: Context) -> tuple[F32, Bools]:
 
 
 def _act(rows: Rows, at: Ints, events: Columns, frozen: Bools, vectors: RowVectors, context: Context) -> None:
-    """Apply one action to each row ``at``: match its impression, step, enter the item into the ring, count."""
-    short = (events.item & np.uint64(0xFFFFFFFF)).astype(np.uint32)
-    short[short == 0] = 1
-    ring, slot, place = _match(rows, at, short, events, context)
-    positive = (events.action & POSITIVE) != 0
-    found = slot >= 0
-    clicked = at[found & positive]
-    bits = np.where(place == _NO_SLOT, CLICKED_ELSEWHERE, 1 << place).astype(np.uint16)[found & positive]
-    rows["pending"]["clicked"][clicked, slot[found & positive]] |= bits
-    rows["unclicked"][at[positive]] = 0
+    """Apply one action to each row: match its impression, step, enter the item into the ring, count.
 
-    steps = (events.strength > 0) & events.known & ~frozen[at]
-    by_slate = np.flatnonzero(steps & found & positive)
+    ``at``: the places of the rows among those of ``vectors``.
+    """
+    found, slot, place = _match(rows, events, context)
+    positive = (events.action & POSITIVE) != 0
+    clicked = (found & positive).nonzero()[0]
+    if len(clicked):
+        bits = np.where(place == _NO_SLOT, CLICKED_ELSEWHERE, 1 << place).astype(np.uint16)
+        rows["pending"]["clicked"][clicked, slot[clicked]] |= bits[clicked]
+    rows["unclicked"][positive] = 0
+
+    steps = (events.strength > 0) & events.known & ~frozen
     alone = steps.copy()
+    by_slate = clicked[steps[clicked]]
     if len(by_slate):
-        items_RKD, known_RK = _held_items(ring[by_slate, slot[by_slate]], context)
-        items_RKD = np.concatenate([items_RKD, np.zeros((len(by_slate), 1, DIM), np.float32)], axis=1)
-        known_RK = np.concatenate([known_RK, np.zeros((len(by_slate), 1), np.bool_)], axis=1)
+        items_RKD, known_RK = _held_items(rows["pending"][by_slate, slot[by_slate]], context, room=1)
         each, chosen = np.arange(len(by_slate)), place[by_slate]
         items_RKD[each, chosen] = events.vector_ND[by_slate]
         known_RK[each, chosen] = True
@@ -419,96 +448,94 @@ def _act(rows: Rows, at: Ints, events: Columns, frozen: Bools, vectors: RowVecto
         enough = known_RK.sum(axis=1) > 1
         by_slate, items_RKD, known_RK, chosen = by_slate[enough], items_RKD[enough], known_RK[enough], chosen[enough]
         alone[by_slate] = False
-        rows_at = at[by_slate]
+        acting = at[by_slate]
         weight = events.strength[by_slate]
-        vectors.set(rows_at, softmax_step(vectors.get(rows_at), items_RKD, known_RK, chosen, weight, context.rates))
-    single = np.flatnonzero(alone)
+        vectors.set(acting, softmax_step(vectors.get(acting), items_RKD, known_RK, chosen, weight, context.rates))
+    single = alone.nonzero()[0]
     if len(single):
-        rows_at = at[single]
+        acting = at[single]
         h_RTD = logistic_step(
-            vectors.get(rows_at),
+            vectors.get(acting),
             events.vector_ND[single],
             events.strength[single],
             events.label[single],
             context.biases[events.surface[single]],
             context.rates,
         )
-        vectors.set(rows_at, h_RTD)
-    _remember(rows, at, events, (events.strength > 0) & ~steps)
-    rows["actions"][at] += 1
-    rows["clicks"][at] += (events.action & ACTION_MASK) == _CLICK
+        vectors.set(acting, h_RTD)
+    _remember(rows, events, (events.strength > 0) & ~steps)
+    rows["actions"] += 1
+    rows["clicks"] += (events.action & ACTION_MASK) == _CLICK
 
 
-def _match(
-    rows: Rows, at: Ints, short: npt.NDArray[np.uint32], events: Columns, context: Context
-) -> tuple[Rows, Ints, Ints]:
+def _match(rows: Rows, events: Columns, context: Context) -> tuple[Bools, Ints, Ints]:
     """Find the open impression of each action: that of its request, else the newest that holds the item.
 
-    Returns the rings [R, PENDING], the slot [R] (-1: none) and the item's place in it [R] (_NO_SLOT: not held).
+    Returns whether there is one [R], its slot [R] and the item's place in it [R] (_NO_SLOT: not held).
     """
-    ring = rows["pending"][at]
+    ring = rows["pending"]
     age_s = (events.time_ms // 1000)[:, None] - ring["time_s"]
     open_ = (ring["n"] > 0) & (age_s <= context.windows_seconds[ring["surface"]])
+    short = (events.item & np.uint64(0xFFFFFFFF)).astype(np.uint32)
+    short[short == 0] = 1
     holds = ring["items"] == short[:, None, None]
     by_request = open_ & (ring["request"] == events.request[:, None]) & (events.request != 0)[:, None]
     by_item = open_ & holds.any(axis=2)
     eligible = np.where(by_request.any(axis=1)[:, None], by_request, by_item)
-    slot = np.where(eligible.any(axis=1), eligible.argmax(axis=1), -1)
-    in_slot = holds[np.arange(len(at)), slot]
-    place = np.where(in_slot.any(axis=1), in_slot.argmax(axis=1), _NO_SLOT)
-    return ring, slot, place
+    each = np.arange(len(rows))
+    slot = eligible.argmax(axis=1)
+    in_slot = holds[each, slot]
+    place = in_slot.argmax(axis=1)
+    return eligible[each, slot], slot, np.where(in_slot[each, place], place, _NO_SLOT)
 
 
-def _remember(rows: Rows, at: Ints, events: Columns, pending: Bools) -> None:
+def _remember(rows: Rows, events: Columns, pending: Bools) -> None:
     """Move or enter the item of each action to the front of the ring of recent items.
 
     An action without a label leaves the code of an item that is there already as it is.
     """
-    ring = rows["recent"][at]
+    ring = rows["recent"]
     there = ring["item"] == events.item[:, None]
-    where = np.where(there.any(axis=1), there.argmax(axis=1), RECENT - 1)
-    each = np.arange(len(at))
-    old = ring["action"][each, where]
-    code = events.action | np.where(pending, STEP_PENDING, 0).astype(np.uint8)
-    keep_old = there.any(axis=1) & ((events.action & (POSITIVE | NEGATIVE)) == 0)
-    place = np.arange(RECENT)
-    source = place - (place <= where[:, None])
-    source[:, 0] = 0
-    moved = ring[each[:, None], source]
-    moved["item"][:, 0] = events.item
-    moved["time_s"][:, 0] = events.time_ms // 1000
-    moved["action"][:, 0] = np.where(keep_old, old, code)
-    rows["recent"][at] = moved
+    each, place = np.arange(len(rows)), np.arange(RECENT)
+    where = there.argmax(axis=1)
+    is_there = there[each, where]
+    where[~is_there] = RECENT - 1
+    keep_old = is_there & ((events.action & (POSITIVE | NEGATIVE)) == 0)
+    code = np.where(keep_old, ring["action"][each, where], events.action | np.where(pending, STEP_PENDING, 0))
+    # The entry at 0 is written anew.
+    source = np.maximum(place - (place <= where[:, None]), 0)
+    ring[:] = at_columns(ring, source)
+    ring["item"][:, 0] = events.item
+    ring["time_s"][:, 0] = events.time_ms // 1000
+    ring["action"][:, 0] = code
 
 
-def _impress(rows: Rows, at: Ints, events: Columns) -> None:
-    """Apply one impression to each row ``at``: open it, and enter its items into the ring of those shown."""
-    open_ = rows["pending"][at]
+def _impress(rows: Rows, events: Columns) -> None:
+    """Apply one impression to each row: open it, and enter its items into the ring of those shown."""
+    open_ = rows["pending"]
     # A full ring drops the oldest here, without a step against it: its window was not over.
     open_[:, 1:] = open_[:, :-1].copy()
-    newest = np.zeros(len(at), open_.dtype)
+    newest = open_[:, 0]
     newest["request"] = events.request
     newest["time_s"] = events.time_ms // 1000
+    newest["clicked"] = 0
     newest["surface"] = events.surface
     newest["n"] = events.n_items
     newest["items"] = events.items_NS[:, :PENDING_ITEMS]
-    open_[:, 0] = newest
-    rows["pending"][at] = open_
 
-    ring = rows["shown"][at]
+    ring = rows["shown"]
     old, new = np.ascontiguousarray(ring["item"]), events.items_NS
     same = (new[:, :, None] == old[:, None, :]) & (new != 0)[:, :, None]
     before = np.einsum("rij,rj->ri", same, ring["count"].astype(np.intp))
-    merged = np.zeros((len(at), 2 * SHOWN), ring.dtype)
+    merged = np.empty((len(rows), 2 * SHOWN), ring.dtype)
     merged["item"][:, :SHOWN] = new
     merged["time_s"][:, :SHOWN] = (events.time_ms // 1000)[:, None]
     merged["count"][:, :SHOWN] = np.minimum(before + 1, 255)
     merged[:, SHOWN:] = ring
     gone = np.concatenate([new == 0, (old == 0) | same.any(axis=1)], axis=1)
     merged[gone] = np.zeros((), ring.dtype)
-    keep = np.argsort(gone, axis=1, kind="stable")[:, :SHOWN]
-    rows["shown"][at] = merged[np.arange(len(at))[:, None], keep]
-    rows["impressions"][at] += 1
+    rows["shown"] = at_columns(merged, gone.argsort(axis=1, kind="stable")[:, :SHOWN])
+    rows["impressions"] += 1
 
 
 def user_vectors(
@@ -536,8 +563,9 @@ def user_vectors(
         if len(foreign):
             until_ms = np.broadcast_to(np.asarray(now_ms, np.int64), len(rows))[foreign]
             context = Context.of(config, vectors, 0, space_id, 0, (), carry)
-            rebuilt_RTD, _ = _rebuilt(rows[foreign], until_ms, context)
-            _carry_over(rows[foreign], until_ms, rebuilt_RTD, context)
+            some = rows_at(rows, foreign)
+            rebuilt_RTD, _ = _rebuilt(some, until_ms, context)
+            _carry_over(some, until_ms, rebuilt_RTD, context)
             h_RTD[foreign] = rebuilt_RTD
     has = (h_RTD != 0).any(axis=(1, 2))
     return np.ascontiguousarray(h_RTD[:, 0]), np.ascontiguousarray(h_RTD[:, 1]), has
