@@ -403,12 +403,12 @@ def packed(values: npt.NDArray[np.int64], kept: Bools) -> npt.NDArray[np.int64]:
     return values[np.arange(len(values))[:, None], np.argsort(~kept, axis=1, kind="stable")]
 
 
-def pinned_first(columns: npt.NDArray[np.int64], counts: npt.NDArray[np.int64], pool: Pool, pinned: I32) -> None:
-    """Move, in place, the pinned rows [B, P] of each pool to the front of its columns [B, K], in their order.
+def pinned_first(columns: npt.NDArray[np.int64], counts: npt.NDArray[np.int64], rows: I32, pinned: I32) -> None:
+    """Move, in place, the pinned rows [B, P] of each pool, ``rows`` [B, C], to the front of its columns [B, K].
 
-    ``counts`` [B]: how many columns count; as many do afterwards.
+    In their order. ``counts`` [B]: how many columns count; as many do afterwards.
     """
-    at, there = places_of(pool.rows, pinned)
+    at, there = places_of(rows, pinned)
     kept = np.concatenate([there, without(columns, counts, at, there)], axis=1)
     front = packed(np.concatenate([at, columns], axis=1), kept)[:, : columns.shape[1]]
     counted = np.arange(columns.shape[1]) < counts[:, None]

@@ -188,7 +188,7 @@ class ItemCounters:
             np.maximum.at(self._ref_ms, added.rows, added.times_ms)
             shown = added.kinds == IMPRESSIONS
             np.minimum.at(self._first_ms, added.rows[shown], added.times_ms[shown])
-            for kind in range(KINDS):
+            for kind in np.bincount(added.kinds).nonzero()[0].tolist():
                 self._grand[kind::KINDS] += added.scaled[added.kinds == kind].sum(axis=0)
         return added
 
@@ -391,7 +391,7 @@ class ItemCounters:
 
     def _rows(self, item_ids: Sequence[str]) -> Int32:
         rows = self.index.rows(item_ids)
-        for position in np.flatnonzero(rows == UNKNOWN).tolist():
+        for position in (rows == UNKNOWN).nonzero()[0].tolist():
             rows[position] = self.row_for(item_ids[position])
         return rows
 

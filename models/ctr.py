@@ -142,10 +142,25 @@ class CtrScorer:
         recent_age_SR: F32,
         recent_codes_SR: npt.NDArray[np.uint8],
     ) -> F32:
-        """Return the raw logits of slates, float32 [S, C], without a term of position.
+        """Return the raw logits of slates, float32 [S, C], without a term of position; see ``logits_and_attention``."""
+        return self.logits_and_attention(
+            x_SCF, items_SCD, recents_SRD, recent_known_SR, recent_age_SR, recent_codes_SR
+        )[0]
 
-        ``x_SCF``: as models.features.encode gives it. ``items_SCD``: unit vectors, zero for an item without one.
-        ``recent_known_SR``: the place holds an item with a vector. ``recent_age_SR``: seconds before the
+    def logits_and_attention(
+        self,
+        x_SCF: F32,
+        items_SCD: F32,
+        recents_SRD: F32,
+        recent_known_SR: Bools,
+        recent_age_SR: F32,
+        recent_codes_SR: npt.NDArray[np.uint8],
+    ) -> tuple[F32, F32]:
+        """Return the raw logits of slates, float32 [S, C], without a term of position, and what the model looked at.
+
+        That is the weights a_r of the recents, float32 [S, C, R]; their sum is 1 less the weight of "nothing", 0 where
+        not known. ``x_SCF``: as models.features.encode gives it. ``items_SCD``: unit vectors, zero for an item without
+        one. ``recent_known_SR``: the place holds an item with a vector. ``recent_age_SR``: seconds before the
         impression, at least 0, any value where not known. Padded items get any finite value.
         """
         slates, width, dim = items_SCD.shape
@@ -169,23 +184,7 @@ class CtrScorer:
             flat += bias
         out = (self._activate(flat) @ self.tensors["head.out"]).reshape(slates, width)
         cosine = along / np.sqrt(np.maximum(square, np.float32(0)) + np.float32(SMALL_NORM**2))
-        return np.asarray(out + np.float32(self._scale) * cosine + np.float32(self._base), np.float32)
-
-    def attention(
-        self,
-        items_SCD: F32,
-        recents_SRD: F32,
-        recent_known_SR: Bools,
-        recent_age_SR: F32,
-        recent_codes_SR: npt.NDArray[np.uint8],
-    ) -> F32:
-        """Return what the model looks at for each item: the weights a_r of the recents, float32 [S, C, R].
-
-        Their sum is 1 less the weight of "nothing"; 0 where not known. Arguments as those of ``logits``.
-        """
-        kinds = recent_codes_SR & np.uint8(KIND_MASK)
-        keys = (recents_SRD.reshape(-1, items_SCD.shape[2]) @ self._keys).reshape(recents_SRD.shape)
-        return self._attention(items_SCD @ keys.transpose(0, 2, 1), kinds, recent_known_SR, recent_age_SR)
+        return np.asarray(out + np.float32(self._scale) * cosine + np.float32(self._base), np.float32), attention
 
     def log_odds(self, logits: F32) -> F32:
         """Return the calibrated log-odds a·z + b of raw logits, any shape; the CTR is its sigmoid.

@@ -7,13 +7,17 @@ What they do is evidence that no model's choice has shaped. Axes as in models/ra
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field
 
-from models.ranking import Bools
+from models.hashing import hash64
+from models.item_index import ItemIndex
+from models.ranking import F32, I32, Bools, is_in
+from models.slates import SlateRequest
 
 RANDOMISED: Final = "randomised"
 """``experiment`` of a slate that was drawn at random."""
@@ -78,6 +82,34 @@ def draw(
         chosen.append(order)
         propensities.append(np.full(len(order), 1.0 / max(len(members), 1), np.float32))
     return np.concatenate(chosen), np.concatenate(propensities)
+
+
+def draw_slates(
+    requests: Sequence[SlateRequest],
+    rows: I32,
+    unwanted: I32,
+    index: ItemIndex,
+    columns: npt.NDArray[np.int64],
+    counts: npt.NDArray[np.int64],
+) -> F32 | None:
+    """Replace, in place, the columns [B, K] of randomised users by drawn ones, as many as they have, ``counts`` [B].
+
+    ``rows`` int32 [B, C]: the candidates; ``unwanted`` int32 [B, X]: what the user's past rules out comes last, and
+    only where the request itself named it. Returns the propensities [B, K], NaN where nothing was drawn, or None where
+    nobody is randomised.
+    """
+    randomised = [(b, request.draw_seed) for b, request in enumerate(requests) if request.draw_seed is not None]
+    if not randomised:
+        return None
+    propensities = np.full(columns.shape, np.nan, np.float32)
+    for b, seed in randomised:
+        valid = rows[b] >= 0
+        ruled_out = is_in(rows[b : b + 1], unwanted[b : b + 1])[0]
+        hashes = np.array([hash64(index.item_id(row)) if row >= 0 else 0 for row in rows[b].tolist()], np.uint64)
+        chosen, chances = draw(seed, hashes, valid & ~ruled_out, valid & ruled_out, int(counts[b]))
+        columns[b, : len(chosen)] = chosen
+        propensities[b, : len(chosen)] = chances
+    return propensities
 
 
 def mixed(values: U64) -> U64:

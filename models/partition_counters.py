@@ -64,6 +64,10 @@ NEVER_MS: Final = 2**62
 MAX_EXPONENT: Final = 1_000.0
 """Greatest power of two that a weight may have: beyond 2^1023 a float overflows."""
 _KIND_OFFSETS: Final = np.arange(HALF_LIVES, dtype=np.int64) * KINDS
+_UNITS: Final = np.where(np.arange(KINDS) == ACTIONS, 1, WEIGHT_UNIT)
+"""By kind, the thousandths of a weight in one of its exact total."""
+_SALTS: Final = np.arange(1, KINDS + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+"""By kind, what a user's touches of an item are told apart by."""
 
 
 class Landmark:
@@ -77,7 +81,7 @@ class Landmark:
         """Return what a weight of 1 at each time is at the landmark, [n, 4] float64."""
         exponents = (times_ms - (self.time_ms or 0))[:, None] / self.half_lives_ms
         # Never 0: counts of a partition that lies far behind the others must come back when they are divided again.
-        return np.exp2(np.clip(exponents, -MAX_EXPONENT, MAX_EXPONENT))
+        return np.exp2(np.minimum(np.maximum(exponents, -MAX_EXPONENT), MAX_EXPONENT))
 
     def move(self, time_ms: int) -> Float64:
         """Move the landmark and return what kept values have to be multiplied by, [4] float64."""
@@ -204,34 +208,28 @@ class PartitionCounters:
 
         Events below ``next_offset`` change nothing at all.
         """
-        kinds = np.array(batch.kinds, np.int64)
+        kinds, weights = np.array(batch.kinds, np.int64), np.array(batch.weights, np.float64)
         kept = self._admit(batch, rows, kinds, item_hashes)
-        lengths = _lengths(batch.ends)
-        event_of = np.repeat(np.arange(len(batch)), lengths)[kept]
+        event_of = np.repeat(np.arange(len(batch)), _lengths(batch.ends))
         offsets = np.array(batch.offsets, np.int64)[event_of]
-        above = offsets >= self._contained_up_to
-        kept, event_of, offsets = kept[above], event_of[above], offsets[above]
+        kept = kept[offsets[kept] >= self._contained_up_to]
         slots = self._slots(rows[kept])
-        self._mark_dirty(slots, offsets)
-        fresh = offsets > self.last_offsets[slots]
-        kept, event_of, offsets, slots = kept[fresh], event_of[fresh], offsets[fresh], slots[fresh]
+        self._mark_dirty(slots, offsets[kept])
+        fresh = offsets[kept] > self.last_offsets[slots]
+        kept, slots = kept[fresh], slots[fresh]
+        shown = (kinds[kept] == IMPRESSIONS).nonzero()[0]
+        shares = _shares(weights, kinds, event_of)[kept[shown]] if len(shown) else weights[:0]
+        kinds, weights, event_of = kinds[kept], weights[kept], event_of[kept]
         times = np.array(batch.times_ms, np.int64)[event_of]
-        weights = np.array(batch.weights, np.float64)[kept]
-        milli = np.rint(weights * WEIGHT_UNIT).astype(np.int64)
-        shares = _shares(batch, kinds, lengths)[kept]
-        kinds = kinds[kept]
-        milli[kinds != ACTIONS] //= WEIGHT_UNIT
-        scaled = self._landmark.factors(times) * weights[:, None]
-        np.add.at(self.totals.reshape(-1), slots.astype(np.int64) * TOUCHED + kinds, milli)
+        milli = np.rint(weights * WEIGHT_UNIT).astype(np.int64) // _UNITS[kinds]
+        np.add.at(self.totals.reshape(-1), slots * TOUCHED + kinds, milli)
         # Offsets rise within a batch, and of repeated slots NumPy keeps the last.
-        self.last_offsets[slots] = offsets
+        self.last_offsets[slots] = offsets[kept]
         np.maximum.at(self.ref_ms, slots, times)
-        shown = np.flatnonzero(kinds == IMPRESSIONS)
         np.minimum.at(self.first_ms, slots[shown], times[shown])
         both = np.concatenate([np.arange(len(kept)), shown])
         kinds = np.concatenate([kinds, np.full(len(shown), EXPECTED)])
-        expected = self._landmark.factors(times[shown]) * shares[shown, None]
-        scaled = np.concatenate([scaled, expected])
+        scaled = self._landmark.factors(times)[both] * np.concatenate([weights, shares])[:, None]
         add_scaled(self.values, slots[both], kinds, scaled)
         refused = len(batch.item_ids) - len(kept)
         return Added(rows[kept][both], kinds, scaled, milli, times[both], event_of[both], refused)
@@ -242,9 +240,7 @@ class PartitionCounters:
         users = mix(np.array(batch.user_hashes, np.uint64))
         event_keys = (users ^ np.array(batch.event_hashes, np.uint64)).tolist()
         lengths = _lengths(ends)
-        with np.errstate(over="ignore"):
-            salt = (kinds.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
-            keys = mix((np.repeat(users, lengths) ^ item_hashes) + salt)
+        keys = mix((np.repeat(users, lengths) ^ item_hashes) + _SALTS[kinds])
         cells_a = (keys & np.uint64(CELLS - 1)).tolist()
         cells_b = ((keys >> np.uint64(32)) & np.uint64(CELLS - 1)).tolist()
         known = (rows >= 0).tolist()
@@ -407,12 +403,11 @@ def _lengths(ends: list[int]) -> Int64:
     return lengths
 
 
-def _shares(batch: TouchBatch, kinds: Int64, lengths: Int64) -> Float64:
+def _shares(weights: Float64, kinds: Int64, event_of: Int64) -> Float64:
     """Return each touch's share of what its event shows, 0 for one that is no impression."""
-    weights = np.where(kinds == IMPRESSIONS, np.array(batch.weights, np.float64), 0.0)
-    event_of = np.repeat(np.arange(len(batch)), lengths)
-    slates = np.bincount(event_of, weights, minlength=len(batch))[event_of]
-    return np.asarray(np.divide(weights, slates, out=np.zeros_like(weights), where=slates > 0))
+    shown = np.where(kinds == IMPRESSIONS, weights, 0.0)
+    slates = np.bincount(event_of, shown)[event_of]
+    return shown / np.where(slates > 0, slates, 1.0)
 
 
 def add_scaled(values: Float64, at: npt.NDArray[np.integer], kinds: Int64, scaled: Float64) -> None:

@@ -114,9 +114,11 @@ class RankingConfig(BaseModel):
         description="Items that the user clicked, bought, rated … within this many seconds are left out.",
     )
 
-    def reads_tastes_as(self, other: RankingConfig) -> bool:
-        """Whether user vectors become the same tastes by these settings as by others."""
-        return (self.full_norm, self.least_evidence) == (other.full_norm, other.least_evidence)
+    @property
+    def reading(self) -> tuple[float, ...]:
+        """What decides how a user's row is read: its vectors as tastes, its past as what to leave out."""
+        windows = self.shown_window_seconds, self.shown_limit, self.clicked_window_seconds
+        return self.full_norm, self.least_evidence, *windows
 
     def taste_weights(self) -> F32:
         """Return the weights of similarity, float32 [V], in the order of TASTES."""
@@ -167,6 +169,10 @@ class Features:
     ctr: F32
     popularity: F32
     shown_counts: F32
+
+    def take(self, at: slice | npt.NDArray[np.intp]) -> Features:
+        """Return those of the requests at ``at``."""
+        return Features(self.similarity[at], self.ctr[at], self.popularity[at], self.shown_counts[at])
 
 
 def past_of(reader: UserReader, states: UserRows, index: ItemIndex, now_ms: int, config: RankingConfig) -> Past:

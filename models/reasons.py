@@ -5,6 +5,7 @@ Axes as in models/ranking.py, K positions of a slate, N items that a reason name
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -106,10 +107,13 @@ def looked_at(
     return np.where(at_columns(flat, best) > 0, best, -1).reshape(*weights.shape[:2], -1)
 
 
-def assemble(winners: Winners, catalogue: Catalogue, language: Language = "en") -> list[list[RecommendedItem]]:
-    """Return the items of each slate, positions from 1; propensity None in a slot that was not drawn."""
+def assemble(winners: Winners, catalogue: Catalogue, languages: Sequence[Language]) -> list[list[RecommendedItem]]:
+    """Return the items of each slate, positions from 1; propensity None in a slot that was not drawn.
+
+    ``languages`` [B]: of the reasons.
+    """
     item_id = catalogue.index.item_id
-    reasons = Reasons(catalogue, language)
+    by_language = {language: Reasons(catalogue, language) for language in dict.fromkeys(languages)}
     counts = winners.counts.tolist()
     asked = winners.asked.tolist()
     columns = zip(
@@ -126,6 +130,7 @@ def assemble(winners: Winners, catalogue: Catalogue, language: Language = "en") 
     slates: list[list[RecommendedItem]] = []
     for b, (rows, sources, scores, ctrs, trending, named, actions) in enumerate(columns):
         slate = []
+        reasons = by_language[languages[b]]
         chances = drawn[b] if drawn is not None else None
         for i in range(counts[b]):
             source, likes, chance = sources[i], named[i], None

@@ -11,12 +11,12 @@ from dataclasses import replace
 import numpy as np
 import numpy.typing as npt
 
-from models import user_state
+from models import plans, user_state
+from models.batch import Batch, Offer
 from models.candidates import (
     FRESH,
     GIVEN,
     POPULAR,
-    SOURCES,
     Pool,
     Quotas,
     Refusal,
@@ -37,21 +37,22 @@ from models.columns import at_columns
 from models.context_lists import BatchLeanings, ContextLists
 from models.counters import CLICKS, ItemCounters
 from models.diversity import debiased, diverse
-from models.events import MAX_K, Reason, RecommendedItem
-from models.exploration import RANDOMISED, draw
-from models.fresh_slots import Drawn, FreshPool, draw_slots, place
-from models.hashing import hash64
+from models.events import ExplorationDraw, RecommendedItem
+from models.exploration import RANDOMISED, draw_slates
+from models.fallback import hidden_hashes, items_wanted, popular_slates
+from models.fresh_slots import FreshPool, draw_slots
 from models.live_features import IndexedVectors, raw_from_state
 from models.log_odds import probability, trusted_log_odds
 from models.newest import NewestFirst
+from models.plans import Plans
 from models.ranking import (
     F32,
+    I32,
     LONG_TERM,
     PROFILE,
     QUERY,
     SHORT_TERM,
     TASTES,
-    UNWANTED_ACTIONS,
     UNWANTED_PENALTY,
     Bools,
     Features,
@@ -71,10 +72,8 @@ from models.ranking import (
     unit,
     wish_log_odds,
 )
-from models.reason_texts import TEXTS
-from models.reasons import NEW, TRENDING, Winners, assemble, looked_at, nearest_liked
+from models.reasons import Winners, assemble, looked_at, nearest_liked
 from models.retrieval import VectorIndex
-from models.rules import plainly_servable
 from models.serving import Scored, ServingModel
 from models.slates import Slate as Slate
 from models.slates import SlateRequest as SlateRequest
@@ -82,7 +81,6 @@ from models.surfaces import Plan
 from models.surfaces import RecommenderConfig as RecommenderConfig
 from models.surfaces import SurfaceConfig as SurfaceConfig
 from models.trending import Lists
-from models.user_row import ACTION_MASK, NEGATIVE
 
 
 class Recommender:
@@ -115,8 +113,7 @@ class Recommender:
         """What the source co_click reads; None: that source finds nothing."""
         self.contexts: ContextLists | None = None
         """What is popular by context; None: that is not counted."""
-        self._plans: list[Plan] = []
-        self._numbers: dict[tuple[str | None, str | None], int] = {}
+        self._plans = Plans(config)
         self._fresh: dict[int, FreshPool] = {}
         self._lists: Lists | None = None
         self._newest: NewestFirst | None = None
@@ -150,8 +147,7 @@ class Recommender:
     def reconfigure(self, config: RecommenderConfig) -> None:
         """Make slates by other settings from the next call on; what was made by the old ones is forgotten."""
         self.config = config
-        self._plans.clear()
-        self._numbers.clear()
+        self._plans = Plans(config)
         self._refreshed_at_ms = None
         self._fresh.clear()
         self._lists = None
@@ -182,20 +178,22 @@ class Recommender:
         A slate has fewer than k items only where fewer may be shown. A request gets the same slate alone and in any
         batch.
         """
+        numbers = [self._plans.number_of(request.surface, request.arm) for request in requests]
         groups: dict[tuple[int, bool, int], list[int]] = {}
         for i, request in enumerate(requests):
             given = request.candidates is not None
-            plan = self._plan_number(request)
-            groups.setdefault((plan, given, 0 if given else self._width(request)), []).append(i)
+            shared = self._plans.alike(numbers[i], plans.together)
+            groups.setdefault((shared, given, 0 if given else self._width(request)), []).append(i)
         slates: dict[int, Slate] = {}
-        for (plan, given, width), members in groups.items():
-            batch = [requests[i] for i in members]
-            states = rows[np.array([r.row for r in batch], np.int64)]
-            model, _ = self._scorer(self._plans[plan])
-            made, drawn = self._rank(states, batch, plan, given, width, now_ms)
-            for b, (i, items) in enumerate(zip(members, made, strict=True)):
+        for (shared, given, width), members in groups.items():
+            wanted = [requests[i] for i in members]
+            states = rows[np.array([r.row for r in wanted], np.int64)]
+            model, _ = self._scorer(self._plans[shared])
+            ks = np.array([items_wanted(r, self.config) for r in wanted], np.int64)
+            batch = Batch(wanted, [numbers[i] for i in members], states, given, width, now_ms, ks)
+            made, drawn = self._rank(batch)
+            for i, items, exploration in zip(members, made, drawn, strict=True):
                 experiment = self._experiment(requests[i]) if requests[i].draw_seed is None else RANDOMISED
-                exploration = drawn.log(b) if drawn is not None else None
                 version = model.version if model is not None else None
                 slates[i] = Slate(items, False, self._surface_name(requests[i]), experiment, exploration, version)
         return [slates[i] for i in range(len(requests))]
@@ -203,37 +201,19 @@ class Recommender:
     def fallback(self, rows: UserRows, requests: Sequence[SlateRequest], now_ms: int) -> list[Slate]:
         """Return degraded slates, from the list of popular items alone, for when ``recommend`` fails.
 
-        Shares no code with ``recommend``: no vectors, no index, no counters, plain Python. Items that the user hid
-        are left out where the row can be read. A slate may be shorter than k under a narrow filter.
+        Items that the user hid are left out where the row can be read. See models/fallback.py.
         """
-        hidden = self._hidden_hashes(rows, requests)
-        popular = self._popular.rows.tolist()
-        place = {row: i for i, row in enumerate(popular)}
-        slates = []
-        for request, hashes in zip(requests, hidden, strict=True):
-            pool = popular
-            if request.candidates is not None:
-                asked = {self._catalogue.index.row(item_id) for item_id in request.candidates}
-                pool = sorted(asked, key=lambda row: (place.get(row, len(popular)), row))
-            k = self._k(request)
-            excluded = frozenset(request.exclude)
-            rules = self.config.surface(request.surface, request.arm).rules
-            items: list[RecommendedItem] = []
-            for row in pool:
-                if len(items) == k:
-                    break
-                if not plainly_servable(self._catalogue, row, now_ms, request.filters, rules):
-                    continue
-                item_id = self._catalogue.index.item_id(row)
-                if item_id in excluded or (hashes and hash64(item_id) in hashes):
-                    continue
-                items.append(self._plain_item(item_id, row, place.get(row), len(items) + 1, request))
-            slates.append(Slate(items, True, self._surface_name(request), self._experiment(request)))
-        return slates
-
-    def _k(self, request: SlateRequest) -> int:
-        k = request.k if request.k is not None else self.config.surface(request.surface, request.arm).k
-        return max(0, min(k, MAX_K))
+        try:
+            hidden = hidden_hashes(self._users, rows, requests)
+        except Exception:
+            # Whatever broke `recommend` may break this too; a slate without this rule is better than none.
+            self.fallbacks_without_past += 1
+            hidden = [frozenset()] * len(requests)
+        slates = popular_slates(requests, hidden, self._popular, self._catalogue, self.config, now_ms)
+        return [
+            Slate(items, True, self._surface_name(request), self._experiment(request))
+            for request, items in zip(requests, slates, strict=True)
+        ]
 
     def _width(self, request: SlateRequest) -> int:
         """Candidates to score: as the surface says, doubled until a long slate still has twice as many to choose from.
@@ -241,20 +221,9 @@ class Recommender:
         Steps of two keep requests of different k in few groups.
         """
         width = self.config.surface(request.surface, request.arm).candidates
-        while width < 2 * self._k(request):
+        while width < 2 * items_wanted(request, self.config):
             width *= 2
         return width
-
-    def _plan_number(self, request: SlateRequest) -> int:
-        """Return the number of the plan of a request: surfaces that do the same are served together."""
-        key = request.surface if request.surface in self.config.surfaces else None, request.arm
-        number = self._numbers.get(key)
-        if number is None:
-            plan = self.config.plan(*key)
-            if plan not in self._plans:
-                self._plans.append(plan)
-            number = self._numbers[key] = self._plans.index(plan)
-        return number
 
     def _scorer(self, plan: Plan) -> tuple[ServingModel | None, UserReader]:
         """Return the model that scores by a plan, and what reads user rows in its space."""
@@ -268,79 +237,103 @@ class Recommender:
     def _surface_name(self, request: SlateRequest) -> str:
         return request.surface or self.config.default_surface
 
-    def _rank(
-        self, states: UserRows, batch: Sequence[SlateRequest], number: int, given: bool, width: int, now_ms: int
-    ) -> tuple[list[list[RecommendedItem]], Drawn | None]:
-        """Return the items of one group of requests: all with given candidates, or all retrieved at one width.
+    def _rank(self, batch: Batch) -> tuple[list[list[RecommendedItem]], list[ExplorationDraw | None]]:
+        """Return the items of each slate, and what was drawn for its slots of new items.
 
-        And what was drawn for slots of new items. ``number``: of their plan.
+        A stage runs once for all requests whose plans agree in what it reads.
         """
-        plan = self._plans[number]
-        ranking = plan.ranking
-        ks = np.array([self._k(r) for r in batch], np.int64)
-        tastes, active = self._tastes(states, batch, ranking, now_ms)
-        past = past_of(self._users, states, self._catalogue.index, now_ms, ranking)
-        leanings = self._leanings(batch, plan, now_ms)
-        refuse = Refusal(self._catalogue, batch, None if given else past.unwanted, now_ms, plan.rules)
-        pinned, fresh = None, None
-        if given:
-            pool = self._given(batch, refuse)
-        else:
-            pinned = self._pinned(batch, plan)
-            new = self._fresh_pool(number, now_ms)
-            found = search_tastes(self._vector_index, tastes, active, max(1, 3 * width // 4))
-            others = self._others(plan.quotas, past, width, now_ms)
-            popular = self._popular.rows
-            if leanings is not None:
-                popular = leanings.popular(active, self._popular)
-                others += leanings.sources(active, plan.quotas, width)
-            turns = take_turns(found, active, popular, width, plan.quotas, others)
-            refused, not_pinned, not_new = refuse.each(
-                turns.rows, pinned, np.broadcast_to(new.rows, (len(batch), len(new.rows)))
-            )
-            pool = first_of_each(turns, refused, width)
-            self._complete(pool, ks, tastes, active, refuse, plan, now_ms)
-            pin(pool, pinned, not_pinned)
-            # A randomised user's slate is drawn whole instead.
-            seeds = [request.slot_seed if request.draw_seed is None else None for request in batch]
-            fresh = draw_slots(new, plan.fresh_slots, seeds, ~not_new, ks.tolist())
-            if fresh is not None:
-                pin(pool, fresh.rows, fresh.rows < 0, FRESH)
+        plan = self._plans[batch.numbers[0]]
+        tastes, active = self._tastes(batch, plan.ranking)
+        past = past_of(self._users, batch.states, self._catalogue.index, batch.now_ms, plan.ranking)
+        offers = self._offers(batch, past)
+        pool = self._given(batch, offers) if batch.given else self._retrieved(batch, offers, tastes, active, past)
         self.on_stage("retrieve")
-        scored = self._score(states, pool, tastes, past, plan, given, now_ms, leanings)
-        scores = self._adjust(scored.scores, pool, plan, now_ms)
-        if given:
-            scores -= is_in(pool.rows, past.unwanted) * UNWANTED_PENALTY
-        columns, counts = self._order(scores, pool, ks, plan)
-        if pinned is not None and pinned.size:
-            pinned_first(columns, counts, pool, pinned)
-        propensities = self._draw(batch, pool, past, columns, counts)
-        if fresh is not None:
-            if propensities is None:
-                propensities = np.full(columns.shape, np.nan, np.float32)
-            place(fresh, pool.rows, columns, counts, ks, propensities)
+        scored = self._score(batch, pool, tastes, past, offers)
+        scores, columns, counts = self._order(batch, scored.scores, pool, past)
+        for offer in offers:
+            if offer.pinned.size:
+                at = offer.part.at
+                front, counted = columns[at], counts[at]
+                pinned_first(front, counted, pool.rows[at], offer.pinned)
+                columns[at] = front
+        propensities = draw_slates(batch.requests, pool.rows, past.unwanted, self._catalogue.index, columns, counts)
+        explorations: list[ExplorationDraw | None] = [None] * len(batch.requests)
+        for offer in offers:
+            if offer.drawn is not None:
+                if propensities is None:
+                    propensities = np.full(columns.shape, np.nan, np.float32)
+                offer.place(pool.rows, columns, counts, batch.ks, propensities)
+                for b, place in enumerate(offer.part.members):
+                    explorations[place] = offer.drawn.log(b)
         self.on_stage("score")
         winners = self._winners(pool, scored, scores, columns, counts, past, active)
         winners.propensities = propensities
-        items = assemble(winners, self._catalogue, plan.reason_language)
+        languages = [self._plans[number].reason_language for number in batch.numbers]
+        items = assemble(winners, self._catalogue, languages)
         self.on_stage("assemble")
-        return items, fresh
+        return items, explorations
 
-    def _others(self, quotas: Quotas, past: Past, width: int, now_ms: int) -> list[Source]:
+    def _offers(self, batch: Batch, past: Past) -> list[Offer]:
+        """Return the parts of a batch by what decides which candidates there are."""
+        offers = []
+        for part in self._plans.parts(batch.numbers, plans.offer):
+            wanted = [batch.requests[place] for place in part.members]
+            unwanted = None if batch.given else past.unwanted[part.at]
+            offers.append(
+                Offer(
+                    part,
+                    wanted,
+                    Refusal(self._catalogue, wanted, unwanted, batch.now_ms, part.plan.rules),
+                    self._leanings(wanted, part.plan, batch.now_ms),
+                )
+            )
+        return offers
+
+    def _retrieved(self, batch: Batch, offers: Sequence[Offer], tastes: F32, active: Bools, past: Past) -> Pool:
+        """Return what is found for each request, and put into ``offers`` what is pinned and drawn."""
+        width, size = batch.width, len(batch.requests)
+        found = search_tastes(self._vector_index, tastes, active, max(1, 3 * width // 4))
+        whole = Pool(np.full((size, width), -1, np.int32), np.zeros((size, width), np.int8))
+        for offer in offers:
+            at, plan = offer.part.at, offer.part.plan
+            own = active[at]
+            others = self._others(plan.quotas, past.liked[at], width, batch.now_ms)
+            popular = self._popular.rows
+            if offer.leanings is not None:
+                popular = offer.leanings.popular(own, self._popular)
+                others += offer.leanings.sources(own, plan.quotas, width)
+            offer.pinned = self._pinned(offer)
+            new = self._fresh_pool(self._plans.alike(offer.part.number, plans.newcomers), batch.now_ms)
+            turns = take_turns(found[at], own, popular, width, plan.quotas, others)
+            refused, not_pinned, not_new = offer.refuse.each(
+                turns.rows, offer.pinned, np.broadcast_to(new.rows, (len(offer.requests), len(new.rows)))
+            )
+            pool = first_of_each(turns, refused, width)
+            self._complete(pool, batch, offer, tastes[at], own)
+            pin(pool, offer.pinned, not_pinned)
+            # A randomised user's slate is drawn whole instead.
+            seeds = [request.slot_seed if request.draw_seed is None else None for request in offer.requests]
+            offer.drawn = draw_slots(new, plan.fresh_slots, seeds, ~not_new, batch.ks[at].tolist())
+            if offer.drawn is not None:
+                pin(pool, offer.drawn.rows, offer.drawn.rows < 0, FRESH)
+            whole.rows[at], whole.sources[at] = pool.rows, pool.sources
+        return whole
+
+    def _others(self, quotas: Quotas, liked: I32, width: int, now_ms: int) -> list[Source]:
         """Return the sources that the quotas turn on beside searches and popular items."""
         found: list[Source] = []
         if quotas.has_lists:
             if self._lists is None:
                 self._lists = Lists.build(self._catalogue, self._counters, now_ms, self._newest)
-            found = listed(self._lists, quotas, self._catalogue, past.liked, width)
+            found = listed(self._lists, quotas, self._catalogue, liked, width)
         if quotas.co_click and self.co_clicks is not None:
-            found.append(co_clicked(self.co_clicks, quotas, past.liked, width, now_ms))
+            found.append(co_clicked(self.co_clicks, quotas, liked, width, now_ms))
         return found
 
-    def _leanings(self, batch: Sequence[SlateRequest], plan: Plan, now_ms: int) -> BatchLeanings | None:
-        if self.contexts is None or not plan.quotas.popular_context or not any(r.context for r in batch):
+    def _leanings(self, requests: Sequence[SlateRequest], plan: Plan, now_ms: int) -> BatchLeanings | None:
+        if self.contexts is None or not plan.quotas.popular_context or not any(r.context for r in requests):
             return None
-        return self.contexts.of([r.context for r in batch], self._popular, self.config, now_ms)
+        return self.contexts.of([r.context for r in requests], self._popular, self.config, now_ms)
 
     def _fresh_pool(self, number: int, now_ms: int) -> FreshPool:
         """Return the new items that the slots of a plan are drawn from; none where it keeps no slots."""
@@ -350,55 +343,65 @@ class Recommender:
             if plan.fresh_slots.slots:
                 pinned = self._catalogue.index.rows(plan.rules.pinned)
 
-                def refused(rows: npt.NDArray[np.int32]) -> Bools:
+                def refused(rows: I32) -> Bools:
                     return plan.rules.refused(self._catalogue, rows, now_ms) | among(rows, pinned)
 
                 pool = FreshPool.build(self._catalogue, self._counters, plan.fresh_slots, now_ms, self._newest, refused)
             self._fresh[number] = pool
         return pool
 
-    def _pinned(self, batch: Sequence[SlateRequest], plan: Plan) -> npt.NDArray[np.int32]:
+    def _pinned(self, offer: Offer) -> I32:
         """Return the rows of the pinned items of each request, int32 [B, P], -1 for those that are not known."""
-        rows = self._catalogue.index.rows(list(dict.fromkeys(plan.rules.pinned)))
-        return np.repeat(rows[None], len(batch), axis=0)
+        rows = self._catalogue.index.rows(list(dict.fromkeys(offer.part.plan.rules.pinned)))
+        return np.repeat(rows[None], len(offer.requests), axis=0)
 
-    def _adjust(self, scores: F32, pool: Pool, plan: Plan, now_ms: int) -> F32:
+    def _adjust(self, scores: F32, rows: I32, plan: Plan, batch: Batch) -> F32:
         """Return the scores [B, C] after debias and boosts; the very same where neither is on."""
         if plan.diversity.popularity_debias and scores.size:
-            rows = np.maximum(pool.rows, 0)
-            clicks = self._counters.decayed(rows, now_ms, self.config.popularity_half_life_index, CLICKS)
+            index = self.config.popularity_half_life_index
+            clicks = self._counters.decayed(np.maximum(rows, 0), batch.now_ms, index, CLICKS)
             scores = debiased(scores, clicks, plan.diversity)
         if plan.rules.boosts:
-            scores = scores + plan.rules.boost(self._catalogue, pool.rows, now_ms)
+            scores = scores + plan.rules.boost(self._catalogue, rows, batch.now_ms)
         return scores
 
     def _order(
-        self, scores: F32, pool: Pool, ks: npt.NDArray[np.int64], plan: Plan
-    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """Return the columns of each slate, int64 [B, K], and how many count, int64 [B]."""
-        if plan.diversity.reorders:
-            vectors, _ = self._catalogue.vectors_of(pool.rows)
-            categories = self._catalogue.category_codes(pool.rows)
-            return diverse(scores, pool.rows, pool.valid, vectors, categories, ks, plan.diversity)
-        columns, counts = top_k(scores, pool.rows, pool.valid, int(ks.max(initial=0)))
-        return columns, np.minimum(counts, ks)
+        self, batch: Batch, given_scores: F32, pool: Pool, past: Past
+    ) -> tuple[F32, npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Return the scores after debias and boosts [B, C], the columns of each slate, int64 [B, K], and counts [B]."""
+        scores = np.empty_like(given_scores)
+        columns = np.zeros((len(scores), int(min(batch.ks.max(initial=0), pool.rows.shape[1]))), np.int64)
+        counts = np.zeros(len(scores), np.int64)
+        for part in self._plans.parts(batch.numbers, plans.order):
+            at, diversity = part.at, part.plan.diversity
+            rows, ks, own = pool.rows[at], batch.ks[at], self._adjust(given_scores[at], pool.rows[at], part.plan, batch)
+            if batch.given:
+                own = np.asarray(own - is_in(rows, past.unwanted[at]) * UNWANTED_PENALTY, np.float32)
+            if diversity.reorders:
+                vectors, _ = self._catalogue.vectors_of(rows)
+                categories = self._catalogue.category_codes(rows)
+                chosen, counted = diverse(own, rows, rows >= 0, vectors, categories, ks, diversity)
+            else:
+                chosen, counted = top_k(own, rows, rows >= 0, int(ks.max(initial=0)))
+                counted = np.minimum(counted, ks)
+            scores[at], counts[at] = own, counted
+            columns[at, : chosen.shape[1]] = chosen
+        return scores, columns, counts
 
-    def _tastes(
-        self, states: UserRows, batch: Sequence[SlateRequest], ranking: RankingConfig, now_ms: int
-    ) -> tuple[F32, Bools]:
+    def _tastes(self, batch: Batch, ranking: RankingConfig) -> tuple[F32, Bools]:
         """Return what each request is after, float32 [B, V, D], and which kinds there are, bool [B, V].
 
         A query counts whenever there is one; a profile only where the user has no vector of their own.
         """
-        short, long, has = self._users.user_vectors(states, now_ms)
-        tastes = np.zeros((len(batch), len(TASTES), self._catalogue.dim), np.float32)
+        short, long, has = self._users.user_vectors(batch.states, batch.now_ms)
+        tastes = np.zeros((len(batch.requests), len(TASTES), self._catalogue.dim), np.float32)
         tastes[:, SHORT_TERM] = scale_tastes(short, ranking.full_norm)
         tastes[:, LONG_TERM] = scale_tastes(long, ranking.full_norm)
         tastes[~has] = 0.0
         own = tastes[:, : LONG_TERM + 1]
         own[np.linalg.norm(own, axis=2) < ranking.least_evidence] = 0.0
         has = (own != 0).any(axis=(1, 2))
-        for b, request in enumerate(batch):
+        for b, request in enumerate(batch.requests):
             if request.query_vector is not None:
                 tastes[b, QUERY] = unit(request.query_vector)
             if request.profile_vector is not None and not has[b]:
@@ -406,38 +409,30 @@ class Recommender:
         tastes[~np.isfinite(tastes).all(axis=2)] = 0.0
         return tastes, np.any(tastes != 0, axis=2)
 
-    def _given(self, batch: Sequence[SlateRequest], refuse: Refusal) -> Pool:
+    def _given(self, batch: Batch, offers: Sequence[Offer]) -> Pool:
         """Return the candidates that the requests name, each once, servable ones only."""
-        lists = [self._catalogue.index.rows(list(dict.fromkeys(r.candidates or ()))) for r in batch]
-        rows = np.full((len(batch), max(len(found) for found in lists)), -1, np.int32)
+        lists = [self._catalogue.index.rows(list(dict.fromkeys(r.candidates or ()))) for r in batch.requests]
+        rows = np.full((len(lists), max(len(found) for found in lists)), -1, np.int32)
         for b, found in enumerate(lists):
             rows[b, : len(found)] = found
-        rows[refuse(rows)] = -1
+        for offer in offers:
+            at = offer.part.at
+            rows[at] = np.where(offer.refuse(rows[at]), np.int32(-1), rows[at])
         return Pool(rows, np.full(rows.shape, GIVEN, np.int8))
 
-    def _complete(
-        self,
-        pool: Pool,
-        ks: npt.NDArray[np.int64],
-        tastes: F32,
-        active: Bools,
-        refuse: Refusal,
-        plan: Plan,
-        now_ms: int,
-    ) -> None:
+    def _complete(self, pool: Pool, batch: Batch, offer: Offer, tastes: F32, active: Bools) -> None:
         """Fill, in place, the candidates of requests that would get a short slate, from the whole catalogue.
 
         Needed under a narrow filter, or where a user has used up what the sources know.
         """
-        starved = np.flatnonzero(pool.valid.sum(axis=1) < ks)
+        starved = np.flatnonzero(pool.valid.sum(axis=1) < batch.ks[offer.part.at])
         if not len(starved):
             return
-        servable = self._catalogue.servable_rows(now_ms)
-        ranking = plan.ranking
-        weights = ranking.taste_weights()
+        servable = self._catalogue.servable_rows(batch.now_ms)
         for b in starved.tolist():
-            rows = servable[~refuse.one(servable, b)]
-            parts = self._catalogue.vectors[rows] @ (tastes[b] * weights[:, None]).T
+            ranking = self._plans[batch.numbers[offer.part.members[b]]].ranking
+            rows = servable[~offer.refuse.one(servable, b)]
+            parts = self._catalogue.vectors[rows] @ (tastes[b] * ranking.taste_weights()[:, None]).T
             worth = parts.sum(axis=1) + ranking.popularity_weight * self._popular.strength_of(rows)
             best = np.lexsort((rows, -worth))[: pool.rows.shape[1]]
             rows, parts = rows[best], parts[best]
@@ -451,58 +446,66 @@ class Recommender:
                 kept.get(row, code) for row, code in zip(rows.tolist(), source.tolist(), strict=True)
             ]
 
-    def _score(
-        self,
-        states: UserRows,
-        pool: Pool,
-        tastes: F32,
-        past: Past,
-        plan: Plan,
-        given: bool,
-        now_ms: int,
-        leanings: BatchLeanings | None,
-    ) -> Scored:
+    def _score(self, batch: Batch, pool: Pool, tastes: F32, past: Past, offers: Sequence[Offer]) -> Scored:
         """Return the score of each candidate and its CTR, float32 [B, C]: by hand, or by the CTR model of the plan.
 
         A model's score is its log-odds, as far as they are believed where nobody named the candidates, with what it
         does not know (query, profile, context) added; its CTR is the sigmoid of the log-odds alone. Raises ModelError
         where one is not finite.
         """
-        ranking, (model, reader) = plan.ranking, self._scorer(plan)
-        popularity, lift = leanings.read(pool.rows, self._popular) if leanings is not None else (None, None)
+        model, reader = self._scorer(self._plans[batch.numbers[0]])
+        popularity, lift = self._by_context(pool, offers)
+        parts = self._plans.parts(batch.numbers, plans.weights)
+        scores = np.empty(pool.rows.shape, np.float32)
         if model is None or model.scorer is None:
-            features = self._gather(pool, tastes, past, now_ms)
+            features = self._gather(pool, tastes, past, batch.now_ms)
             if popularity is not None:
                 features.popularity = popularity
             self.on_stage("gather")
-            scores = score(features, ranking)
-            if lift is not None:
-                scores += np.float32(ranking.ctr_weight) * lift
+            for part in parts:
+                scores[part.at] = score(features.take(part.at), part.plan.ranking)
+                if lift is not None:
+                    scores[part.at] += np.float32(part.plan.ranking.ctr_weight) * lift[part.at]
             return Scored(scores, features.ctr)
-        times_ms = np.full(len(states), now_ms, np.int64)
         # The settings of all, not of an arm: features must be those that the examples have.
         usual = self.config.ranking
-        own = tastes[:, : LONG_TERM + 1] if reader is self._users and ranking.reads_tastes_as(usual) else None
+        reads_alike = reader is self._users and parts[0].plan.ranking.reading == usual.reading
         raw = raw_from_state(
-            states,
+            batch.states,
             pool.rows,
-            times_ms,
+            np.full(len(scores), batch.now_ms, np.int64),
             self._catalogue,
             self._counters,
             reader,
             usual,
             vectors=model.vectors,
             past=past,
-            tastes=own,
+            tastes=tastes[:, : LONG_TERM + 1] if reads_alike else None,
         )
         self.on_stage("gather")
-        log_odds = model.log_odds(raw, pool.rows, past.recent, ranking)
-        # Named candidates were chosen: the order among what is shown is what the model learned.
-        believed = log_odds if given else trusted_log_odds(log_odds, raw, ranking, model.features)
-        scores = believed + wish_log_odds(self._catalogue.vectors, pool.rows, tastes, ranking)
-        if lift is not None:
-            scores += np.float32(ranking.context_log_odds) * lift
-        return Scored(scores, clip_ctr(probability(log_odds)), lambda rows: model.attention(raw, rows, past.recent))
+        attention = np.empty((*pool.rows.shape, past.recent.shape[1]), np.float32)
+        log_odds = model.log_odds(raw, pool.rows, past.recent, usual, attention)
+        for part in parts:
+            at, ranking = part.at, part.plan.ranking
+            believed = log_odds[at]
+            # Named candidates were chosen: the order among what is shown is what the model learned.
+            if not batch.given and ranking.half_trust_exposure:
+                believed = trusted_log_odds(believed, raw.take(at), ranking, model.features)
+            scores[at] = believed + wish_log_odds(self._catalogue.vectors, pool.rows[at], tastes[at], ranking)
+            if lift is not None:
+                scores[at] += np.float32(ranking.context_log_odds) * lift[at]
+        return Scored(scores, clip_ctr(probability(log_odds)), attention)
+
+    def _by_context(self, pool: Pool, offers: Sequence[Offer]) -> tuple[F32 | None, F32 | None]:
+        """Return how popular candidates are in their requests' contexts and their lift, [B, C]; None: as for all."""
+        if all(offer.leanings is None for offer in offers):
+            return None, None
+        popularity, lift = self._popular.strength_of(pool.rows), np.zeros(pool.rows.shape, np.float32)
+        for offer in offers:
+            if offer.leanings is not None:
+                at = offer.part.at
+                popularity[at], lift[at] = offer.leanings.read(pool.rows[at], self._popular)
+        return popularity, lift
 
     def _gather(self, pool: Pool, tastes: F32, past: Past, now_ms: int) -> Features:
         rows = np.maximum(pool.rows, 0)
@@ -515,33 +518,6 @@ class Recommender:
             popularity=self._popular.strength_of(rows),
             shown_counts=counts_of(rows, past.shown, past.shown_counts),
         )
-
-    def _draw(
-        self,
-        batch: Sequence[SlateRequest],
-        pool: Pool,
-        past: Past,
-        columns: npt.NDArray[np.int64],
-        counts: npt.NDArray[np.int64],
-    ) -> F32 | None:
-        """Replace, in place, the columns [B, K] of randomised users by drawn ones, as many as they have.
-
-        Returns the propensities [B, K], NaN where nothing was drawn, or None where nobody is randomised. What the
-        user's past rules out comes last, and only where the request itself named it.
-        """
-        randomised = [(b, request.draw_seed) for b, request in enumerate(batch) if request.draw_seed is not None]
-        if not randomised:
-            return None
-        propensities = np.full(columns.shape, np.nan, np.float32)
-        item_id = self._catalogue.index.item_id
-        for b, seed in randomised:
-            valid = pool.rows[b] >= 0
-            unwanted = is_in(pool.rows[b : b + 1], past.unwanted[b : b + 1])[0]
-            hashes = np.array([hash64(item_id(row)) if row >= 0 else 0 for row in pool.rows[b].tolist()], np.uint64)
-            chosen, chances = draw(seed, hashes, valid & ~unwanted, valid & unwanted, int(counts[b]))
-            columns[b, : len(chosen)] = chosen
-            propensities[b, : len(chosen)] = chances
-        return propensities
 
     def _winners(
         self,
@@ -556,10 +532,11 @@ class Recommender:
         rows = at_columns(pool.rows, columns)
         vectors, _ = self._catalogue.vectors_of(rows)
         liked_vectors, known = self._catalogue.vectors_of(past.liked)
-        weights, least = scored.attention(rows), self.config.reason_similarity
-        if weights is None:
+        least = self.config.reason_similarity
+        if scored.attention is None:
             near = nearest_liked(vectors, liked_vectors, known, least)
         else:
+            weights = scored.attention[np.arange(len(rows))[:, None], columns]
             near = looked_at(weights, vectors, liked_vectors, known, least)
         each, place = np.arange(len(rows))[:, None, None], np.maximum(near, 0)
         return Winners(
@@ -572,40 +549,6 @@ class Recommender:
             named=np.where(near >= 0, past.liked[each, place], -1).astype(np.int32),
             actions=past.actions[each[:, 0], place[:, :, 0]],
             asked=np.where(active[:, QUERY], QUERY, np.where(active[:, PROFILE], PROFILE, -1)).astype(np.int8),
-        )
-
-    def _hidden_hashes(self, rows: UserRows, requests: Sequence[SlateRequest]) -> list[frozenset[int]]:
-        """Return for each request the hashes of items that its user hid or disliked, as far as the rows can be read."""
-        try:
-            hashes, codes, _ = self._users.recent(rows)
-            return [
-                frozenset(
-                    h
-                    for h, c in zip(hashes[r.row].tolist(), codes[r.row].tolist(), strict=True)
-                    if c & ACTION_MASK in UNWANTED_ACTIONS or c & NEGATIVE
-                )
-                for r in requests
-            ]
-        except Exception:
-            # Whatever broke `recommend` may break this too; a slate without this rule is better than none.
-            self.fallbacks_without_past += 1
-            return [frozenset()] * len(requests)
-
-    def _plain_item(
-        self, item_id: str, row: int, place: int | None, position: int, request: SlateRequest
-    ) -> RecommendedItem:
-        popular = self._popular
-        source = SOURCES[POPULAR] if request.candidates is None else SOURCES[GIVEN]
-        texts = TEXTS[self.config.surface(request.surface, request.arm).reason_language]
-        clicked = place is not None and place < popular.counted
-        return RecommendedItem(
-            item_id=item_id,
-            position=position,
-            score=float(popular.strength[row]) if place is not None else 0.0,
-            ctr=float(popular.ctr[place]) if place is not None else self.config.fallback_ctr,
-            source=source,
-            propensity=None,
-            reason=Reason(TRENDING, texts.trending) if clicked else Reason(NEW, texts.newest),
         )
 
 

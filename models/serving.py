@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -27,8 +26,8 @@ class Scored:
 
     scores: Floats
     ctr: Floats
-    attention: Callable[[npt.NDArray[np.int32]], Floats | None] = lambda _: None
-    """Rows of chosen items int32 [B, K] → what the model looked at for them, float32 [B, K, R]; None: no such model."""
+    attention: Floats | None = None
+    """What the model looked at, float32 [B, C, R]; None: no such model."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -74,30 +73,17 @@ class ServingModel:
         item_rows: npt.NDArray[np.int32],
         recent_rows: npt.NDArray[np.int32],
         ranking: RankingConfig,
+        attention: Floats | None = None,
     ) -> Floats:
         """Return what this version says of slates: calibrated log-odds at the reference position, float32 [S, C].
 
         ``item_rows`` int32 [S, C], ``recent_rows`` int32 [S, R]: rows of the items of ``raw``, -1 for none. Without a
-        scorer, the hand-set score as log-odds. 0 where not valid.
+        scorer, the hand-set score as log-odds. 0 where not valid. ``attention`` float32 [S, C, R] is filled with the
+        weights that a scorer gives the recents.
         """
         if self.scorer is None or self.features is None:
             return hand_set_log_odds(raw, ranking)
-        return learned_log_odds(self.scorer, self.features, self.vectors, raw, item_rows, recent_rows)
-
-    def attention(
-        self, raw: RawSlates, item_rows: npt.NDArray[np.int32], recent_rows: npt.NDArray[np.int32]
-    ) -> Floats | None:
-        """Return the weights that the attention gives the recents of ``raw`` for any items, float32 [S, K, R].
-
-        ``item_rows`` int32 [S, K] need not be the items of ``raw``; ``recent_rows`` as for ``log_odds``. None without
-        a scorer.
-        """
-        if self.scorer is None:
-            return None
-        items, _ = self.vectors.of(item_rows)
-        recents, known = self.vectors.of(recent_rows)
-        known &= raw.recent_codes != 0
-        return self.scorer.attention(items, recents, known, raw.recent_age_seconds, raw.recent_codes)
+        return learned_log_odds(self.scorer, self.features, self.vectors, raw, item_rows, recent_rows, attention)
 
     def is_same_version(self, other: ServingModel) -> bool:
         """Return whether ``other`` is this version, under whatever generation."""

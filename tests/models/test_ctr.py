@@ -114,7 +114,8 @@ def test_attention_is_the_softmax_over_known_recents_and_nothing() -> None:
     tensors["attention.kind"][CLICK] = 0.5
     tensors["attention.decay"][0] = 1.0
     tensors["attention.nothing"][0] = 0.25
-    weights = CtrScorer(config, tensors).attention(
+    _, weights = CtrScorer(config, tensors).logits_and_attention(
+        x_SCF=np.zeros((1, 2, 0), np.float32),
         items_SCD=np.array([[[1, 0], [0, 1]]], np.float32),
         recents_SRD=np.array([[[1, 0], [0, 1], [1, 0]]], np.float32),
         recent_known_SR=np.array([[True, True, False]]),

@@ -55,7 +55,7 @@ def test_pinned_items_of_the_pool_stand_first_in_their_order(requests: list[tupl
     for (held, wanted, _), count, ranked in zip(requests, counts.tolist(), columns.tolist(), strict=True):
         first = [held.index(row) for row in wanted if row in held]
         expected.append([*first, *(c for c in ranked[:count] if c not in first)][:count] + ranked[count:])
-    pinned_first(columns, counts, pool, pinned)
+    pinned_first(columns, counts, pool.rows, pinned)
     assert columns.tolist() == expected
 
 
