@@ -141,22 +141,8 @@ class CtrScorer:
         recent_known_SR: Bools,
         recent_age_SR: F32,
         recent_codes_SR: npt.NDArray[np.uint8],
-    ) -> F32:
-        """Return the raw logits of slates, float32 [S, C], without a term of position; see ``logits_and_attention``."""
-        return self.logits_and_attention(
-            x_SCF, items_SCD, recents_SRD, recent_known_SR, recent_age_SR, recent_codes_SR
-        )[0]
-
-    def logits_and_attention(
-        self,
-        x_SCF: F32,
-        items_SCD: F32,
-        recents_SRD: F32,
-        recent_known_SR: Bools,
-        recent_age_SR: F32,
-        recent_codes_SR: npt.NDArray[np.uint8],
     ) -> tuple[F32, F32]:
-        """Return the raw logits of slates, float32 [S, C], without a term of position, and what the model looked at.
+        """Return the raw logits of slates, float32 [S, C], without a term of position, and what was looked at.
 
         That is the weights a_r of the recents, float32 [S, C, R]; their sum is 1 less the weight of "nothing", 0 where
         not known. ``x_SCF``: as models.features.encode gives it. ``items_SCD``: unit vectors, zero for an item without

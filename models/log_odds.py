@@ -54,9 +54,7 @@ def learned_log_odds(
         recents, known = vectors.of(recent_rows[at])
         known &= part.recent_codes != 0
         x = encode(part, features)
-        logits, weights = scorer.logits_and_attention(
-            x, items, recents, known, part.recent_age_seconds, part.recent_codes
-        )
+        logits, weights = scorer.logits(x, items, recents, known, part.recent_age_seconds, part.recent_codes)
         if attention is not None:
             attention[at] = weights
         log_odds[at] = np.where(part.valid, scorer.log_odds(logits), np.float32(0))

@@ -70,7 +70,7 @@ def test_numpy_and_torch_give_the_same_logits(
     config = CtrConfig(features=features, dim=dim, hidden=hidden, activation=activation, attention_dim=8)
     tensors = random_tensors(config, seed)
     slate = inputs(config, slates, items, recents, seed)
-    served = CtrScorer(config, tensors).logits(**slate)
+    served, _ = CtrScorer(config, tensors).logits(**slate)
     assert served.dtype == np.float32
     np.testing.assert_allclose(served, torch_logits(CtrModule(config, tensors), slate), atol=1e-4, rtol=1e-4)
 
@@ -89,20 +89,20 @@ def test_user_without_recents_has_no_part_in_the_logit() -> None:
     slate = inputs(config, 2, 5, 4, 2)
     slate["recent_known_SR"][:] = False
     with np.errstate(over="raise", divide="raise", invalid="raise"):
-        before = CtrScorer(config, tensors).logits(**slate)
+        before, _ = CtrScorer(config, tensors).logits(**slate)
     slate["recents_SRD"] = -slate["recents_SRD"]
     tensors["head.user"] = -tensors["head.user"]
     tensors["head.scale"] = -tensors["head.scale"]
-    assert np.array_equal(before, CtrScorer(config, tensors).logits(**slate))
+    assert np.array_equal(before, CtrScorer(config, tensors).logits(**slate)[0])
 
 
 def test_padding_of_recents_and_items_changes_nothing() -> None:
     config = CtrConfig(features=2, dim=8, hidden=(4,))
     scorer = CtrScorer(config, random_tensors(config, 3))
     slate = inputs(config, 2, 5, 4, 3)
-    short = scorer.logits(**slate)
+    short, _ = scorer.logits(**slate)
     padded = {name: np.pad(value, [(0, 0), (0, 3)] + [(0, 0)] * (value.ndim - 2)) for name, value in slate.items()}
-    np.testing.assert_allclose(scorer.logits(**padded)[:, :5], short, atol=1e-5)
+    np.testing.assert_allclose(scorer.logits(**padded)[0][:, :5], short, atol=1e-5)
 
 
 def test_attention_is_the_softmax_over_known_recents_and_nothing() -> None:
@@ -114,7 +114,7 @@ def test_attention_is_the_softmax_over_known_recents_and_nothing() -> None:
     tensors["attention.kind"][CLICK] = 0.5
     tensors["attention.decay"][0] = 1.0
     tensors["attention.nothing"][0] = 0.25
-    _, weights = CtrScorer(config, tensors).logits_and_attention(
+    _, weights = CtrScorer(config, tensors).logits(
         x_SCF=np.zeros((1, 2, 0), np.float32),
         items_SCD=np.array([[[1, 0], [0, 1]]], np.float32),
         recents_SRD=np.array([[[1, 0], [0, 1], [1, 0]]], np.float32),
@@ -132,7 +132,7 @@ def test_new_model_prefers_what_is_like_the_item_that_was_clicked() -> None:
     config = CtrConfig(features=0, dim=4)
     tensors = first_tensors(config, np.zeros(0, np.float32), np.ones(0, np.float32), 0.05, seed=0)
     here = np.array([[[1, 0, 0, 0], [0, 1, 0, 0]]], np.float32)
-    logits = CtrScorer(config, tensors).logits(
+    logits, _ = CtrScorer(config, tensors).logits(
         np.zeros((1, 2, 0), np.float32),
         here,
         here[:, :1],
@@ -147,7 +147,7 @@ def test_new_model_avoids_what_is_like_the_item_that_was_hidden() -> None:
     config = CtrConfig(features=0, dim=4)
     tensors = first_tensors(config, np.zeros(0, np.float32), np.ones(0, np.float32), 0.05, seed=0)
     here = np.array([[[1, 0, 0, 0], [0, 1, 0, 0]]], np.float32)
-    logits = CtrScorer(config, tensors).logits(
+    logits, _ = CtrScorer(config, tensors).logits(
         np.zeros((1, 2, 0), np.float32),
         here,
         here[:, :1],

@@ -27,8 +27,11 @@ TRIED = {user for user in USERS if SETTINGS.recommender.experiment.arm_of(user) 
 class Broken(Recorder):
     """A scorer that gives no numbers."""
 
-    def logits(self, x: npt.NDArray[np.float32], *_: Any) -> npt.NDArray[np.float32]:
-        return np.full(x.shape[:2], np.nan, np.float32)
+    def logits(
+        self, x: npt.NDArray[np.float32], items: npt.NDArray[np.float32], recents: npt.NDArray[np.float32], *_: Any
+    ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+        attention = super().logits(x, items, recents)[1]
+        return np.full(x.shape[:2], np.nan, np.float32), attention
 
 
 def trial(bench: Bench, scorer: Recorder) -> ServingModel:

@@ -59,7 +59,7 @@ def model(version: str, space_id: str, index: ItemIndex, seed: int = 0) -> Servi
 class Broken:
     """A scorer that fails."""
 
-    def logits(self, *_: Any) -> npt.NDArray[np.float32]:
+    def logits(self, *_: Any) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
         raise RuntimeError("broken")
 
 
@@ -69,17 +69,14 @@ class Recorder:
 
     seen: list[npt.NDArray[np.float32]] = field(default_factory=list)
 
-    def logits(self, x: npt.NDArray[np.float32], *_: Any) -> npt.NDArray[np.float32]:
+    def logits(
+        self, x: npt.NDArray[np.float32], items: npt.NDArray[np.float32], recents: npt.NDArray[np.float32], *_: Any
+    ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
         self.seen.append(x)
-        return np.zeros(x.shape[:2], np.float32)
+        return np.zeros(x.shape[:2], np.float32), np.zeros((*items.shape[:2], recents.shape[1]), np.float32)
 
     def log_odds(self, logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         return logits
-
-    def attention(
-        self, items: npt.NDArray[np.float32], recents: npt.NDArray[np.float32], *_: Any
-    ) -> npt.NDArray[np.float32]:
-        return np.zeros((*items.shape[:2], recents.shape[1]), np.float32)
 
 
 @dataclass
