@@ -91,14 +91,16 @@ def diverse(
     there = np.arange(reach) < compared[:, None]
     ordered = at_columns(scores, order)
     penalised = ordered < -UNWANTED_PENALTY / 2
-    strength = np.float32(config.sameness)
-    worth = (1 - strength) * _relevance(ordered, there & ~penalised)
-    worth -= np.where(penalised, UNWANTED_PENALTY, np.float32(0))
-    gone = np.where(there, np.float32(0), np.float32(-np.inf))
+    # In steps, as scores are compared: the last bits of a product decide nothing, the better score does.
+    strength = np.float32(config.sameness * SCORE_STEPS)
+    worth = np.float32(SCORE_STEPS) * ((1 - np.float32(config.sameness)) * _relevance(ordered, there & ~penalised))
+    worth -= np.where(penalised, np.float32(SCORE_STEPS) * UNWANTED_PENALTY, np.float32(0))
+    worth[~there] = -np.inf
     near = vectors[every[:, None], order] if strength else vectors
     # What has no category has one of its own, which is never full.
     kinds = at_columns(categories, order)
     kinds = np.where(kinds > 0, kinds, -1 - np.arange(reach, dtype=np.int32))
+    over_limit = np.float32(SCORE_STEPS * _OVER_LIMIT)
     used = np.zeros((batch, reach), np.int32)
     likeness = np.zeros((batch, reach), np.float32)
     chosen = np.zeros((batch, min(k, reach)), np.int64)
@@ -106,14 +108,11 @@ def diverse(
         value = strength * likeness
         np.subtract(worth, value, out=value)
         if 0 < config.max_per_category <= place:
-            np.subtract(value, np.float32(_OVER_LIMIT), out=value, where=used >= config.max_per_category)
-        # In steps, as scores are compared: the last bits of a product decide nothing, the better score does.
-        value *= np.float32(SCORE_STEPS)
+            np.subtract(value, over_limit, out=value, where=used >= config.max_per_category)
         np.rint(value, out=value)
-        value += gone
         best = value.argmax(axis=1)
         chosen[:, place] = best
-        gone[every, best] = -np.inf
+        worth[every, best] = -np.inf
         if strength:
             now = np.matmul(near, near[every, best][:, :, None])[:, :, 0]
             likeness = now if place == 0 else np.maximum(likeness, now, out=likeness)
