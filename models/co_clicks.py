@@ -123,7 +123,8 @@ class CoClicks:
 
         Follows the ring of recent items as models.user_state.apply does, event by event.
         """
-        at = [i for i, event in enumerate(events) if event.kind == ACTION and outcomes[i] == Outcome.APPLIED]
+        done = outcomes.tolist()
+        at = [i for i, event in enumerate(events) if event.kind == ACTION and done[i] == Outcome.APPLIED]
         if not at:
             return NO_STEPS
         items = np.array([events[i].items[0] for i in at], np.uint64)
@@ -132,14 +133,16 @@ class CoClicks:
         is_step = np.zeros(len(at), np.bool_)
         earlier = np.zeros((len(at), self.config.last_items), np.uint64)
         touched, order, bounds = rounds([events[i].user for i in at])
-        held, held_codes, _ = recent(before[touched])
+        ring = before["recent"]
+        held, held_codes = ring["item"][touched], ring["action"][touched]
         for start, end in pairwise(bounds):
             now, users = order[start:end], slice(0, end - start)
             same = held[users] == items[now][:, None]
             liked = (held_codes[users] & POSITIVE) != 0
             is_step[now] = ((codes[now] & POSITIVE) != 0) & ~(same & liked).any(axis=1)
             earlier[now] = _packed(np.where(liked & ~same, held[users], 0))[:, : self.config.last_items]
-            _move_to_front(held[users], held_codes[users], items[now], codes[now])
+            if end < len(at):
+                _move_to_front(held[users], held_codes[users], items[now], codes[now])
         return Steps(self._rows(items[is_step]), self._rows(earlier[is_step]), times_ms[is_step])
 
     def steps_of_rows(self, rows: Rows, after_ms: int = -1) -> Steps:
@@ -265,13 +268,13 @@ class CoClicks:
 
 def _turns(items: I32) -> tuple[npt.NDArray[np.intp], list[int]]:
     """Return the order of pairs [n] by their turn, the n-th of each item, and the bounds of the turns."""
-    by_item = np.argsort(items, kind="stable")
-    place = np.arange(len(items))
+    by_item = items.argsort(kind="stable")
     begins = np.ones(len(items), np.bool_)
     begins[1:] = items[by_item[1:]] != items[by_item[:-1]]
+    place = np.arange(len(items))
     turn = place - np.maximum.accumulate(np.where(begins, place, 0))
-    bounds = np.concatenate([[0], np.cumsum(np.bincount(turn))])
-    return by_item[np.argsort(turn, kind="stable")], bounds.tolist()
+    bounds = [0, *np.bincount(turn).cumsum().tolist()]
+    return by_item[turn.argsort(kind="stable")], bounds
 
 
 def _strongest(found: I32, strength: F64, most: int) -> I32:
@@ -301,7 +304,7 @@ def _strongest(found: I32, strength: F64, most: int) -> I32:
 
 def _front(kept: npt.NDArray[np.bool_]) -> npt.NDArray[np.intp]:
     """Return the order [n, R] that brings what is kept to the front of each row, else leaving it as it is."""
-    return np.argsort(~kept, axis=1, kind="stable")
+    return (~kept).argsort(axis=1, kind="stable")
 
 
 def _packed(items: U64) -> U64:

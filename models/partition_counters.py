@@ -68,6 +68,7 @@ _UNITS: Final = np.where(np.arange(KINDS) == ACTIONS, 1, WEIGHT_UNIT)
 """By kind, the thousandths of a weight in one of its exact total."""
 _SALTS: Final = np.arange(1, KINDS + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
 """By kind, what a user's touches of an item are told apart by."""
+_MIX: Final = tuple(map(np.uint64, (30, 0xBF58476D1CE4E5B9, 27, 0x94D049BB133111EB, 31)))
 
 
 class Landmark:
@@ -136,9 +137,10 @@ class Absolute:
 
 def mix(values: UInt64) -> UInt64:
     """Return the splitmix64 finaliser of each value: stored decisions depend on it, so it never changes."""
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))
+    shift_1, factor_1, shift_2, factor_2, shift_3 = _MIX
+    values = (values ^ (values >> shift_1)) * factor_1
+    values = (values ^ (values >> shift_2)) * factor_2
+    return values ^ (values >> shift_3)
 
 
 class PartitionCounters:
@@ -209,46 +211,53 @@ class PartitionCounters:
         Events below ``next_offset`` change nothing at all.
         """
         kinds, weights = np.array(batch.kinds, np.int64), np.array(batch.weights, np.float64)
-        kept = self._admit(batch, rows, kinds, item_hashes)
-        event_of = np.repeat(np.arange(len(batch)), _lengths(batch.ends))
+        event_of = np.arange(len(batch)).repeat(_lengths(batch.ends))
+        kept = self._admit(batch, rows, kinds, event_of, item_hashes)
+        if not len(kept):
+            return Added(rows[:0], kinds[:0], np.zeros((0, HALF_LIVES)), kinds[:0], kinds[:0], kinds[:0], len(kinds))
         offsets = np.array(batch.offsets, np.int64)[event_of]
         kept = kept[offsets[kept] >= self._contained_up_to]
         slots = self._slots(rows[kept])
         self._mark_dirty(slots, offsets[kept])
         fresh = offsets[kept] > self.last_offsets[slots]
         kept, slots = kept[fresh], slots[fresh]
+        refused = len(kinds) - len(kept)
         shown = (kinds[kept] == IMPRESSIONS).nonzero()[0]
         shares = _shares(weights, kinds, event_of)[kept[shown]] if len(shown) else weights[:0]
-        kinds, weights, event_of = kinds[kept], weights[kept], event_of[kept]
-        times = np.array(batch.times_ms, np.int64)[event_of]
+        rows, kinds, weights, event_of = rows[kept], kinds[kept], weights[kept], event_of[kept]
+        event_times = np.array(batch.times_ms, np.int64)
+        times = event_times[event_of]
         milli = np.rint(weights * WEIGHT_UNIT).astype(np.int64) // _UNITS[kinds]
         np.add.at(self.totals.reshape(-1), slots * TOUCHED + kinds, milli)
         # Offsets rise within a batch, and of repeated slots NumPy keeps the last.
         self.last_offsets[slots] = offsets[kept]
         np.maximum.at(self.ref_ms, slots, times)
-        np.minimum.at(self.first_ms, slots[shown], times[shown])
-        both = np.concatenate([np.arange(len(kept)), shown])
-        kinds = np.concatenate([kinds, np.full(len(shown), EXPECTED)])
-        scaled = self._landmark.factors(times)[both] * np.concatenate([weights, shares])[:, None]
-        add_scaled(self.values, slots[both], kinds, scaled)
-        refused = len(batch.item_ids) - len(kept)
-        return Added(rows[kept][both], kinds, scaled, milli, times[both], event_of[both], refused)
+        if len(shown):
+            np.minimum.at(self.first_ms, slots[shown], times[shown])
+            # What is expected of the impressions stands behind the touches.
+            both = np.concatenate([np.arange(len(kept)), shown])
+            rows, slots, times, event_of = rows[both], slots[both], times[both], event_of[both]
+            kinds = np.concatenate([kinds, np.full(len(shown), EXPECTED)])
+            weights = np.concatenate([weights, shares])
+        scaled = self._landmark.factors(event_times)[event_of] * weights[:, None]
+        add_scaled(self.values, slots, kinds, scaled)
+        return Added(rows, kinds, scaled, milli, times, event_of, refused)
 
-    def _admit(self, batch: TouchBatch, rows: Int32, kinds: Int64, item_hashes: UInt64) -> Int64:
+    def _admit(self, batch: TouchBatch, rows: Int32, kinds: Int64, event_of: Int64, item_hashes: UInt64) -> Int64:
         """Return the touches that neither the cap nor a repetition keeps out, as indices; moves the windows on."""
-        ends = batch.ends
-        users = mix(np.array(batch.user_hashes, np.uint64))
-        event_keys = (users ^ np.array(batch.event_hashes, np.uint64)).tolist()
-        lengths = _lengths(ends)
-        keys = mix((np.repeat(users, lengths) ^ item_hashes) + _SALTS[kinds])
-        cells_a = (keys & np.uint64(CELLS - 1)).tolist()
-        cells_b = ((keys >> np.uint64(32)) & np.uint64(CELLS - 1)).tolist()
+        event_keys: list[int] = []
+        if len(kinds):
+            users = mix(np.array(batch.user_hashes, np.uint64))
+            event_keys = (users ^ np.array(batch.event_hashes, np.uint64)).tolist()
+            keys = mix((users[event_of] ^ item_hashes) + _SALTS[kinds])
+            cells_a = (keys & np.uint64(CELLS - 1)).tolist()
+            cells_b = ((keys >> np.uint64(32)) & np.uint64(CELLS - 1)).tolist()
         known = (rows >= 0).tolist()
         cap = self._config.user_cap
         kept: list[int] = []
         end = 0
         for position, offset in enumerate(batch.offsets):
-            start, end = end, ends[position]
+            start, end = end, batch.ends[position]
             if offset < self.next_offset:
                 continue
             self.next_offset = offset + 1

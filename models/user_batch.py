@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -21,14 +21,12 @@ from models.user_events import (
     attribution_windows,
     strengths,
 )
-from models.user_row import DIM, ROW, ROW_BYTES, SHOWN, Rows
+from models.user_row import DIM, ROW, SHOWN, Rows
 from models.user_steps import F32, StepRates, norms
 
 Ints = npt.NDArray[np.intp]
 Carry = tuple[int, F32]
 """Hash of the space that vectors are carried over from, and M [D, D]: v in that space is about v @ M in this one."""
-_WHOLE: Final = np.dtype((np.void, ROW_BYTES))
-"""A row as one piece: NumPy copies a record field by field, at ten times the cost."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,11 +129,9 @@ class Columns:
             slates = [events[i].items for i in shown.tolist()]
             sizes = np.array([len(items) for items in slates])
             n_items[shown] = np.minimum(sizes, 255)
-            shorts = (np.concatenate([items[:SHOWN] for items in slates]) & np.uint64(0xFFFFFFFF)).astype(np.uint32)
-            shorts[shorts == 0] = 1
             held_NS = np.zeros((n, SHOWN), np.bool_)
             held_NS[shown] = np.arange(SHOWN) < sizes[:, None]
-            items_NS[held_NS] = shorts
+            items_NS[held_NS] = short_hashes(np.concatenate([items[:SHOWN] for items in slates]))
         return cls(
             kind,
             np.array([e.offset for e in events], np.int64),
@@ -156,6 +152,11 @@ class Columns:
     def take(self, at: Ints | slice) -> Columns:
         """Return the events at ``at``, as columns."""
         return Columns(*(getattr(self, name)[at] for name in self.__slots__))
+
+
+def short_hashes(hashes: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint32]:
+    """Return the short hash of each 64-bit hash, as models.hashing.short_hash: the low bits, 0 replaced by 1."""
+    return np.maximum(hashes.astype(np.uint32), 1)
 
 
 class RowVectors:
@@ -198,15 +199,20 @@ def read_vectors(rows: Rows) -> F32:
     return vectors
 
 
+def whole(records: npt.NDArray[np.void]) -> npt.NDArray[np.void]:
+    """Return a view of records as one piece each: NumPy copies a record field by field, at up to ten times the cost."""
+    return records.view(f"V{records.itemsize}")
+
+
 def rows_at(rows: Rows, at: npt.NDArray[Any]) -> Rows:
     """Return a copy of the rows ``at``."""
-    copied: Rows = rows.view(_WHOLE)[at].view(ROW)
+    copied: Rows = whole(rows)[at].view(ROW)
     return copied
 
 
 def put_rows(rows: Rows, at: npt.NDArray[Any], new: Rows) -> None:
     """Replace the rows ``at``, in place."""
-    rows.view(_WHOLE)[at] = new.view(_WHOLE)
+    whole(rows)[at] = whole(new)
 
 
 def rounds(users: Sequence[int]) -> tuple[Ints, Ints, list[int]]:

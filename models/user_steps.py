@@ -26,7 +26,7 @@ class StepRates:
 
 def sigmoid(x: F32) -> F32:
     """Return 1 / (1 + e^−x); beyond ±60 the result is 0 or 1 in float32 anyway."""
-    return np.float32(1) / (np.float32(1) + np.exp(-np.clip(x, -60, 60)))
+    return np.float32(1) / (np.float32(1) + np.exp(np.minimum(np.maximum(-x, -60), 60)))
 
 
 def norms(h_RTD: F32) -> F32:
