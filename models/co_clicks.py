@@ -106,6 +106,7 @@ class CoClicks:
     def __init__(self, config: CoClicksConfig, index: ItemIndex) -> None:
         self.config = config
         self._index = index
+        self._fading = config.fading ** np.arange(config.last_items)
         self._followers: I32 = np.zeros((0, config.neighbours), np.int32)
         self._weights: F32 = np.zeros((0, config.neighbours), np.float32)
         self._errors: F32 = np.zeros((0, config.neighbours), np.float32)
@@ -180,7 +181,7 @@ class CoClicks:
         fraction, exponents = np.exp2(half_lives - whole), (whole - (self._landmark or 0)).astype(np.int32)
         known = rows >= 0
         np.add.at(self._actions, rows[known], np.ldexp(fraction, exponents)[known])
-        fading = config.fading ** np.arange(earlier.shape[1])
+        fading = self._fading[: earlier.shape[1]]
         weights = np.ldexp((fraction[:, None] * fading).astype(np.float32), exponents[:, None])
         step, place = np.nonzero((earlier >= 0) & known[:, None] & (weights > 0))
         self._add(earlier[step, place], rows[step], weights[step, place])
@@ -230,10 +231,11 @@ class CoClicks:
             same = self._followers[item] == follower[:, None]
             same &= held > 0
             # A free place has no weight: it is the weakest.
-            place = np.where(same.any(axis=1), same.argmax(axis=1), held.argmin(axis=1))
+            each, place = np.arange(len(item)), same.argmax(axis=1)
+            known = same[each, place]
+            place = np.where(known, place, held.argmin(axis=1))
             at = item, place
-            each = np.arange(len(item))
-            before, known = held[each, place], same[each, place]
+            before = held[each, place]
             self._errors[at] = np.where(known, self._errors[at], before)
             self._weights[at] = before + weight
             self._followers[at] = follower
@@ -269,10 +271,12 @@ class CoClicks:
 def _turns(items: I32) -> tuple[npt.NDArray[np.intp], list[int]]:
     """Return the order of pairs [n] by their turn, the n-th of each item, and the bounds of the turns."""
     by_item = items.argsort(kind="stable")
-    begins = np.ones(len(items), np.bool_)
-    begins[1:] = items[by_item[1:]] != items[by_item[:-1]]
+    again = np.zeros(len(items), np.bool_)
+    again[1:] = items[by_item[1:]] == items[by_item[:-1]]
+    if not np.count_nonzero(again):
+        return by_item, [0, len(items)]
     place = np.arange(len(items))
-    turn = place - np.maximum.accumulate(np.where(begins, place, 0))
+    turn = place - np.maximum.accumulate(np.where(again, 0, place))
     bounds = [0, *np.bincount(turn).cumsum().tolist()]
     return by_item[turn.argsort(kind="stable")], bounds
 

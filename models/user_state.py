@@ -3,7 +3,8 @@
 ``apply`` runs in rounds: the n-th event of each user, users side by side. A row is a function of its log alone:
 time comes from the events, never from a clock. Values are rounded to fp16 at one point, after each event of a
 user whose vectors moved (``RowVectors.store``); decay alone moves only the float32 norms and rounds nothing.
-Axes as in models/user_steps.py, and S = SHOWN, K = PENDING_ITEMS, N = events. docs/user-row.md tells the rules.
+Axes as in models/user_steps.py, and S = SHOWN, K = PENDING_ITEMS, N = events, E = impressions that are stepped against.
+docs/user-row.md tells the rules.
 """
 
 from __future__ import annotations
@@ -382,49 +383,49 @@ def _close_impressions(
     some = over.any(axis=1).nonzero()[0]
     if not len(some):
         return
-    held = ring[some]
-    over = over[some]
+    held, over = ring[some], over[some]
     # Oldest log order last in the ring: reversed, a stable sort by time breaks ties in favour of the older one.
-    closing = (PENDING - 1) - np.argsort(
-        np.where(over, held["time_s"].astype(np.int64), 2**32)[:, ::-1], axis=1, kind="stable"
-    )
-    for turn in range(int(over.sum(axis=1).max())):
-        slot = closing[:, turn]
-        at = over[np.arange(len(some)), slot].nonzero()[0]
-        entries = held[at, slot[at]]
-        unclicked = entries["clicked"] == 0
-        _step_against(rows, some[at[unclicked]], entries[unclicked], vectors, context)
-    left = np.argsort(over, axis=1, kind="stable")
-    kept = at_columns(held, left)
-    kept[np.arange(PENDING) >= (~over).sum(axis=1)[:, None]] = np.zeros((), kept.dtype)
-    rows["pending"][some] = kept
+    times_s = np.where(over, held["time_s"], 2**32)
+    closing = (PENDING - 1) - times_s[:, ::-1].argsort(axis=1, kind="stable")
+    _step_against(rows, some, at_columns(held, closing), at_columns(over, closing), vectors, context)
+    held[over] = np.zeros((), held.dtype)
+    rows["pending"][some] = at_columns(held, over.argsort(axis=1, kind="stable"))
 
 
-def _step_against(rows: Rows, at: Ints, entries: Rows, vectors: RowVectors, context: Context) -> None:
-    """Step against one unclicked impression of each row ``at``, unless enough were since the last positive action."""
-    counted = rows["unclicked"][at]
-    rows["unclicked"][at] = np.minimum(counted.astype(np.intp) + 1, 255)
-    h_RTD = vectors.get(at)
-    moves = (counted < context.config.unclicked_cap) & h_RTD.any(axis=(1, 2))
-    moves &= context.config.unclicked_weight > 0
-    at, entries = at[moves], entries[moves]
-    if not len(at):
+def _step_against(rows: Rows, at: Ints, entries: Rows, over: Bools, vectors: RowVectors, context: Context) -> None:
+    """Step against the unclicked impressions of each row ``at``, unless enough were since the last positive action.
+
+    ``entries`` [R, PENDING] in the order of closing, and which of them close, ``over``.
+    """
+    unclicked = over & (entries["clicked"] == 0)
+    counted = rows["unclicked"][at, None] + unclicked.cumsum(axis=1)
+    rows["unclicked"][at] = np.minimum(counted[:, -1], 255)
+    if context.config.unclicked_weight <= 0:
         return
-    items_RKD, known_RK = _held_items(entries, context)
-    usable = known_RK.any(axis=1)
-    at, items_RKD, known_RK = at[usable], items_RKD[usable], known_RK[usable]
-    if not len(at):
+    # A vector of zero stays one: what is true of it before the first step is true of it before each.
+    moves = np.asarray(vectors.get(at).any(axis=(1, 2)))
+    steps = unclicked & (counted <= context.config.unclicked_cap) & moves[:, None]
+    if not np.count_nonzero(steps):
         return
-    stepped_RTD = unclicked_step(
-        vectors.get(at),
-        items_RKD,
-        known_RK,
-        context.biases[entries["surface"][usable]],
-        np.float32(context.config.unclicked_weight),
-        np.float32(context.config.unclicked_max_share),
-        context.rates,
-    )
-    vectors.set(at, stepped_RTD)
+    against = entries[steps]
+    number = steps.cumsum().reshape(steps.shape) - 1
+    items_EKD, known_EK = _held_items(against, context)
+    steps[steps] = known_EK.any(axis=1)
+    for turn in range(PENDING):
+        some = steps[:, turn].nonzero()[0]
+        if not len(some):
+            continue
+        which = number[some, turn]
+        stepped_RTD = unclicked_step(
+            vectors.get(at[some]),
+            items_EKD[which],
+            known_EK[which],
+            context.biases[against["surface"][which]],
+            np.float32(context.config.unclicked_weight),
+            np.float32(context.config.unclicked_max_share),
+            context.rates,
+        )
+        vectors.set(at[some], stepped_RTD)
 
 
 def _held_items(entries: Rows, context: Context, room: int = 0) -> tuple[F32, Bools]:
