@@ -142,6 +142,7 @@ class CoClicks:
             liked = (held_codes[users] & POSITIVE) != 0
             is_step[now] = ((codes[now] & POSITIVE) != 0) & ~(same & liked).any(axis=1)
             earlier[now] = _packed(np.where(liked & ~same, held[users], 0))[:, : self.config.last_items]
+            # Behind the last round nothing is read.
             if end < len(at):
                 _move_to_front(held[users], held_codes[users], items[now], codes[now])
         return Steps(self._rows(items[is_step]), self._rows(earlier[is_step]), times_ms[is_step])

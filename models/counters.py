@@ -186,8 +186,9 @@ class ItemCounters:
             flat = added.rows[:touched].astype(np.int64) * TOUCHED + added.kinds[:touched]
             np.add.at(self._totals.reshape(-1), flat, added.milli)
             np.maximum.at(self._ref_ms, added.rows, added.times_ms)
-            shown = added.kinds == IMPRESSIONS
-            np.minimum.at(self._first_ms, added.rows[shown], added.times_ms[shown])
+            shown = (added.kinds == IMPRESSIONS).nonzero()[0]
+            if len(shown):
+                np.minimum.at(self._first_ms, added.rows[shown], added.times_ms[shown])
             for kind in np.bincount(added.kinds).nonzero()[0].tolist():
                 self._grand[kind::KINDS] += added.scaled[added.kinds == kind].sum(axis=0)
         return added

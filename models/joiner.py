@@ -281,8 +281,8 @@ class _Join:
 
     def _settle(self) -> None:
         """Make final what is past its grace, and forget the actions whose impression can come no more."""
-        over = [i for i in self._live if i.time_ms + self._context.span_ms < self._clock_ms]
-        for impression in over:
+        over_ms = self._clock_ms - self._context.span_ms
+        for impression in [i for i in self._live if i.time_ms < over_ms]:
             self._finish(impression)
         oldest_ms = self._clock_ms - self._context.grace_ms
         if self._actions:

@@ -109,7 +109,7 @@ class Columns:
     items_NS: npt.NDArray[np.uint32]
     """Short hashes of the first SHOWN items, 0 where there are fewer."""
     vector_ND: F32
-    """Vector of an action's item, zero where there is none."""
+    """Vector of an action's item; where it is not known, any finite one."""
     known: Bools
 
     @classmethod
@@ -121,8 +121,7 @@ class Columns:
         acted = (kind == ACTION).nonzero()[0]
         if len(acted):
             item[acted] = [events[i].items[0] for i in acted.tolist()]
-            found, known[acted] = vectors.by_hash(item[acted])
-            vector_ND[acted] = np.where(known[acted, None], found, 0)
+            vector_ND[acted], known[acted] = vectors.by_hash(item[acted])
         n_items, items_NS = np.zeros(n, np.uint8), np.zeros((n, SHOWN), np.uint32)
         shown = (kind == IMPRESSION).nonzero()[0]
         if len(shown):

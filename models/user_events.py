@@ -88,7 +88,7 @@ class UserStateConfig(BaseModel):
 
     def __hash__(self) -> int:
         """Return a hash by which what is made of the settings can be kept; the dictionaries among them have none."""
-        return hash((self.learning_rate, self.max_norm, self.default_base_rate, self.attribution_window_seconds))
+        return hash((self.default_base_rate, self.attribution_window_seconds))
 
 
 def surface_names(default: str, served: Iterable[str], config: UserStateConfig) -> list[str]:

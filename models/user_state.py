@@ -385,7 +385,7 @@ def _close_impressions(
         return
     held, over = ring[some], over[some]
     # Oldest log order last in the ring: reversed, a stable sort by time breaks ties in favour of the older one.
-    times_s = np.where(over, held["time_s"], 2**32)
+    times_s = np.where(over, held["time_s"].astype(np.int64), 2**32)
     closing = (PENDING - 1) - times_s[:, ::-1].argsort(axis=1, kind="stable")
     _step_against(rows, some, at_columns(held, closing), at_columns(over, closing), vectors, context)
     held[over] = np.zeros((), held.dtype)
@@ -520,7 +520,8 @@ def _remember(rows: Rows, events: Columns, pending: Bools) -> None:
     code = np.where(keep_old, ring["action"][each, where], events.action | pending * np.uint8(STEP_PENDING))
     # The entry at 0 is written anew.
     source = np.maximum(place - (place <= where[:, None]), 0)
-    whole(ring)[:] = at_columns(whole(ring), source)
+    entries = whole(ring)
+    entries[:] = at_columns(entries, source)
     ring["item"][:, 0] = events.item
     ring["time_s"][:, 0] = events.time_ms // 1000
     ring["action"][:, 0] = code
@@ -530,7 +531,8 @@ def _impress(rows: Rows, events: Columns) -> None:
     """Apply one impression to each row: open it, and enter its items into the ring of those shown."""
     open_ = rows["pending"]
     # A full ring drops the oldest here, without a step against it: its window was not over.
-    whole(open_)[:, 1:] = whole(open_)[:, :-1]
+    entries = whole(open_)
+    entries[:, 1:] = entries[:, :-1]
     newest = open_[:, 0]
     newest["request"] = events.request
     newest["time_s"] = events.time_ms // 1000

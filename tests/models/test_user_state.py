@@ -475,6 +475,14 @@ def test_a_request_record_has_no_items() -> None:
 # --- rows before impressions, windows by surface, carried vectors
 
 
+def test_settings_that_differ_in_a_surface_alone_keep_their_own_steps() -> None:
+    likes_mail = CONFIG.model_copy(update={"base_rates": {"mail": 0.9}})
+    assert hash(likes_mail) == hash(CONFIG)
+    clicked = [event(ACTION, [1], offset=1, surface=1)]
+    lengths = [float(run(empty_rows(1), clicked, config=c)["norms"][0, 0]) for c in (CONFIG, likes_mail, CONFIG)]
+    assert lengths[0] == lengths[2] > lengths[1]
+
+
 @given(logs())
 def test_the_rows_kept_are_those_that_stood_before_each_impression(log: list[UserEvent]) -> None:
     _, _, before, index = apply(
