@@ -301,7 +301,7 @@ class Worker:
                         async with self.batch_in_work:
                             await self._process([event.message for event in part])
                         faust_patches.acknowledge(part)
-                await self.maintenance.between_batches()
+                await self.maintenance.between_batches(is_idle=not events)
                 if self.stopping.is_set():
                     self._drained.set()
                     await asyncio.Event().wait()
@@ -539,6 +539,8 @@ def main() -> None:
         import uvloop
 
         runner: Any = uvloop.run
+        # Faust's consumer thread makes a loop of its own, by the policy.
+        asyncio.set_event_loop_policy(uvloop.EventLoopPolicy())
     except ImportError:
         runner = asyncio.run
     # The event loop, Faust's consumer thread and the state thread take turns: at the default of 5 ms each turn of the
