@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Final, Literal, overload
+from typing import Final, Literal, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -74,6 +74,7 @@ from models.user_row import (
     recent,
     shown,
 )
+from models.user_space import enter_space, vectors_anew
 from models.user_steps import F32, logistic_step, softmax_step, unclicked_step
 
 __all__ = [
@@ -220,7 +221,7 @@ def _apply_events(rows: Rows, events: Columns, context: Context) -> None:
     """Apply one new event to each row, in place."""
     now_ms = np.maximum(rows["last_time_ms"], events.time_ms)
     vectors = RowVectors(rows)
-    frozen = _enter_space(rows, now_ms, vectors, context)
+    frozen = enter_space(rows, now_ms, vectors, context)
     _take_pending_steps(rows, frozen, vectors, context)
     _close_impressions(rows, now_ms, frozen, vectors, context)
     acted = (events.kind == ACTION).nonzero()[0]
@@ -243,102 +244,6 @@ def _apply_events(rows: Rows, events: Columns, context: Context) -> None:
     ids[:, 1:] = ids[:, :-1].copy()
     ids[:, 0] = events.event_hash
     rows["last_time_ms"] = now_ms
-
-
-def _enter_space(rows: Rows, now_ms: npt.NDArray[np.int64], vectors: RowVectors, context: Context) -> Bools:
-    """Decay the vectors, rebuild those of an older space; return the rows of a newer one, which are left alone."""
-    held = rows["space_id"]
-    foreign = (held != context.space) & (held != 0)
-    frozen: Bools = foreign & (rows["generation"] > context.generation)
-    stale = (foreign & ~frozen).nonzero()[0]
-    # Of the undecayed rows: it decays by itself.
-    anew_RTD = _made_anew(rows, stale, now_ms, context) if len(stale) else None
-    since_ms = rows["vector_time_ms"]
-    until_ms = np.maximum(since_ms, now_ms)
-    free: Bools | slice = slice(None)
-    if np.count_nonzero(frozen):
-        free = ~frozen
-        until_ms[frozen] = since_ms[frozen]
-    elapsed_seconds = np.where(since_ms > 0, until_ms - since_ms, 0) / 1000.0
-    rows["norms"] *= np.exp2(-elapsed_seconds[:, None] / context.half_lives_T).astype(np.float32)
-    rows["vector_time_ms"] = until_ms
-    rows["space_id"][free] = context.space
-    # That of a frozen row is greater.
-    rows["generation"] = np.maximum(rows["generation"], context.generation)
-    if anew_RTD is not None:
-        vectors.set(stale, anew_RTD)
-    return frozen
-
-
-def _made_anew(rows: Rows, at: Ints, now_ms: npt.NDArray[np.int64], context: Context) -> F32:
-    """Return the vectors of the rows ``at`` in the space in use, [R, 2, D]; what waits and what counted is set anew."""
-    some = rows_at(rows, at)
-    h_RTD, pending = _rebuilt(some, now_ms[at], context)
-    _carry_over(some, now_ms[at], h_RTD, context)
-    rows["recent"]["action"][at] = pending
-    rows["unclicked"][at] = 0
-    return h_RTD
-
-
-def _rebuilt(rows: Rows, until_ms: npt.NDArray[np.int64], context: Context) -> tuple[F32, npt.NDArray[np.uint8]]:
-    """Return vectors made anew from the recent items, [R, 2, D], and the action bytes with their pending bits.
-
-    Oldest first: decay to the entry's time, then its logistic step at the default base rate.
-    """
-    ring = rows["recent"]
-    items = np.ascontiguousarray(ring["item"])
-    codes = ring["action"] & np.uint8(~STEP_PENDING & 0xFF)
-    times_s = ring["time_s"].astype(np.int64)
-    found, known = context.vectors.by_hash(items.reshape(-1))
-    items_RED = found.reshape(len(rows), RECENT, DIM)
-    known_RE = known.reshape(len(rows), RECENT) & (items != 0)
-    weights_RE = context.strengths[codes]
-    h_RTD = np.zeros((len(rows), 2, DIM), np.float32)
-    at_s = np.zeros(len(rows), np.int64)
-    for entry in range(RECENT - 1, -1, -1):
-        due = np.flatnonzero(known_RE[:, entry] & (weights_RE[:, entry] > 0))
-        if not len(due):
-            continue
-        elapsed = np.where(at_s[due] > 0, np.maximum(times_s[due, entry] - at_s[due], 0), 0)
-        at_s[due] = np.maximum(at_s[due], times_s[due, entry])
-        h_RTD[due] = logistic_step(
-            h_RTD[due] * _decay(elapsed, context),
-            items_RED[due, entry],
-            weights_RE[due, entry],
-            (codes[due, entry] & POSITIVE > 0).astype(np.float32),
-            np.full(len(due), context.biases[NO_SURFACE]),
-            context.rates,
-        )
-    h_RTD *= _decay(np.where(at_s > 0, np.maximum(until_ms / 1000.0 - at_s, 0), 0), context)
-    pending = (items != 0) & ~known_RE & (weights_RE > 0)
-    return h_RTD, codes | np.where(pending, STEP_PENDING, 0).astype(np.uint8)
-
-
-def _carry_over(rows: Rows, until_ms: npt.NDArray[np.int64], h_RTD: F32, context: Context) -> None:
-    """Replace, in place, the long-term vectors made anew of rows in the space that they can be carried over from.
-
-    The map keeps years of taste of which the ring holds 16 items; least squares does not keep lengths, so the vector's
-    own is given back.
-    """
-    if context.carry is None:
-        return
-    old_space, carry_DD = context.carry
-    at = np.flatnonzero(rows["space_id"] == np.uint64(old_space))
-    if not len(at):
-        return
-    long_RD = read_vectors(rows_at(rows, at))[:, 1]
-    mapped_RD = long_RD @ carry_DD
-    length_R, mapped_length_R = np.linalg.norm(long_RD, axis=1), np.linalg.norm(mapped_RD, axis=1)
-    since_ms = rows["vector_time_ms"][at]
-    elapsed = np.where(since_ms > 0, np.maximum(until_ms[at] - since_ms, 0), 0) / 1000.0
-    scale_R = length_R / np.where(mapped_length_R > 0, mapped_length_R, 1) * _decay(elapsed, context)[:, 1, 0]
-    held = mapped_length_R > 0
-    h_RTD[at[held], 1] = (mapped_RD * scale_R[:, None])[held]
-
-
-def _decay(elapsed_seconds: npt.NDArray[Any], context: Context) -> F32:
-    factor: F32 = np.exp2(-elapsed_seconds[:, None] / context.half_lives_T).astype(np.float32)[..., None]
-    return factor
 
 
 def _take_pending_steps(rows: Rows, frozen: Bools, vectors: RowVectors, context: Context) -> None:
@@ -583,10 +488,7 @@ def user_vectors(
         if len(foreign):
             until_ms = np.broadcast_to(np.asarray(now_ms, np.int64), len(rows))[foreign]
             context = Context.of(config, vectors, 0, space_id, 0, (), carry)
-            some = rows_at(rows, foreign)
-            rebuilt_RTD, _ = _rebuilt(some, until_ms, context)
-            _carry_over(some, until_ms, rebuilt_RTD, context)
-            h_RTD[foreign] = rebuilt_RTD
+            h_RTD[foreign], _ = vectors_anew(rows_at(rows, foreign), until_ms, context)
     has = (h_RTD != 0).any(axis=(1, 2))
     return np.ascontiguousarray(h_RTD[:, 0]), np.ascontiguousarray(h_RTD[:, 1]), has
 
