@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field
 
-from models.catalogue import Catalogue
+from models.catalogue import Catalogue, SpaceVectors
 from models.co_clicks import CoClicks
 from models.counters import CLICKS, ItemCounters
 from models.events import Filters
@@ -164,10 +164,20 @@ class Turns:
 
 @dataclass(slots=True)
 class Pool:
-    """Candidates of each request: rows int32 [B, C] padded with -1, and the code of their source int8 [B, C]."""
+    """Candidates of each request: rows int32 [B, C] padded with -1, and the code of their source int8 [B, C].
+
+    The rows stay as they are from when ``vectors_in`` was asked on.
+    """
 
     rows: I32
     sources: I8
+    _vectors: tuple[SpaceVectors, F32] | None = None
+
+    def vectors_in(self, space: SpaceVectors) -> F32:
+        """Return the candidates' vectors in a space, float32 [B, C, D]: looked up once, for all stages."""
+        if self._vectors is None or self._vectors[0] is not space:
+            self._vectors = space, space.of(self.rows)[0]
+        return self._vectors[1]
 
     @property
     def valid(self) -> Bools:

@@ -79,13 +79,15 @@ def raw_from_state(
     items: UInt64 | None = None,
     past: Past | None = None,
     tastes: F32 | None = None,
+    item_vectors: F32 | None = None,
 ) -> RawSlates:
     """Return the raw state of slates: ``rows`` [S] of the users, ``item_rows`` int32 [S, C], ``time_ms`` int64 [S].
 
     An item row of -1 is padding, unless ``valid`` bool [S, C] says that an item is there of which nothing is known.
     ``vectors``: of the space that ``users`` reads in; default: those in use by the catalogue. ``items``: the hashes
-    [S, C], where a record is to be written; positions are for the caller to fill in. ``past`` and ``tastes``: of the
-    same rows at the same times, as ``past_of`` and ``own_tastes`` give them; a caller that has them saves their cost.
+    [S, C], where a record is to be written; positions are for the caller to fill in. What a caller has
+    already need not be looked up again: ``past`` and ``tastes``, of the same rows at the same times, as ``past_of`` and
+    ``own_tastes`` give them, and ``item_vectors`` float32 [S, C, D].
     """
     slates, width = item_rows.shape
     raw = RawSlates.empty(slates, width)
@@ -107,7 +109,9 @@ def raw_from_state(
     _fill_acted(raw, item_rows, items, catalogue, past)
     if tastes is None:
         tastes = own_tastes(rows, time_ms, users, ranking)
-    raw.sims = _sims(tastes, item_rows, vectors or catalogue.space_vectors)
+    if item_vectors is None:
+        item_vectors, _ = (vectors or catalogue.space_vectors).of(item_rows)
+    raw.sims = _sims(tastes, item_vectors)
     return raw
 
 
@@ -123,12 +127,11 @@ def sims_of(
 
     Zero where the item has no vector, or the user no taste. A second model of another space needs its own.
     """
-    return _sims(own_tastes(rows, time_ms, users, ranking), item_rows, vectors)
+    return _sims(own_tastes(rows, time_ms, users, ranking), vectors.of(item_rows)[0])
 
 
-def _sims(tastes_STD: F32, item_rows: I32, vectors: SpaceVectors) -> npt.NDArray[np.float16]:
-    items_SCD, _ = vectors.of(item_rows)
-    sims = np.empty((*item_rows.shape, 2), np.float16)
+def _sims(tastes_STD: F32, items_SCD: F32) -> npt.NDArray[np.float16]:
+    sims = np.empty((*items_SCD.shape[:2], 2), np.float16)
     for taste in range(2):
         # Not one matrix product: its last bits depend on how many items stand beside an item.
         sims[:, :, taste] = np.einsum("scd,sd->sc", items_SCD, np.ascontiguousarray(tastes_STD[:, taste]))

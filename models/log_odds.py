@@ -37,12 +37,13 @@ def learned_log_odds(
     item_rows: I32,
     recent_rows: I32,
     attention: F32 | None = None,
+    item_vectors: F32 | None = None,
 ) -> F32:
     """Return the calibrated log-odds of a CTR model at the reference position, float32 [S, C]; 0 where not valid.
 
     ``item_rows`` int32 [S, C] and ``recent_rows`` int32 [S, R]: rows of the items in ``vectors``, -1 for none.
-    ``attention`` float32 [S, C, R] is filled with what the model looked at. Raises ModelError where a score is not
-    finite.
+    ``attention`` float32 [S, C, R] is filled with what the model looked at. ``item_vectors`` float32 [S, C, D]: of the
+    items, where the caller has them. Raises ModelError where a score is not finite.
     """
     log_odds = np.zeros(raw.valid.shape, np.float32)
     # In parts whose numbers stay in the processor's cache: a quarter faster than a large batch at once.
@@ -50,7 +51,7 @@ def learned_log_odds(
     for start in range(0, len(log_odds), step):
         at = slice(start, start + step)
         part = raw.take(at)
-        items, _ = vectors.of(item_rows[at])
+        items = item_vectors[at] if item_vectors is not None else vectors.of(item_rows[at])[0]
         recents, known = vectors.of(recent_rows[at])
         known &= part.recent_codes != 0
         x = encode(part, features)

@@ -378,7 +378,7 @@ class Recommender:
             if batch.given:
                 own = np.asarray(own - is_in(rows, past.unwanted[at]) * UNWANTED_PENALTY, np.float32)
             if diversity.reorders:
-                vectors, _ = self._catalogue.vectors_of(rows)
+                vectors = pool.vectors_in(self._catalogue.space_vectors)[at]
                 categories = self._catalogue.category_codes(rows)
                 chosen, counted = diverse(own, rows, rows >= 0, vectors, categories, ks, diversity)
             else:
@@ -479,12 +479,13 @@ class Recommender:
             reader,
             usual,
             vectors=model.vectors,
+            item_vectors=pool.vectors_in(model.vectors),
             past=past,
             tastes=tastes[:, : LONG_TERM + 1] if reads_alike else None,
         )
         self.on_stage("gather")
         attention = np.empty((*pool.rows.shape, past.recent.shape[1]), np.float32)
-        log_odds = model.log_odds(raw, pool.rows, past.recent, usual, attention)
+        log_odds = model.log_odds(raw, pool.rows, past.recent, usual, attention, pool.vectors_in(model.vectors))
         for part in parts:
             at, ranking = part.at, part.plan.ranking
             believed = log_odds[at]
@@ -513,7 +514,7 @@ class Recommender:
             nothing = np.zeros(rows.shape, np.float32)
             return Features(np.zeros((*rows.shape, len(TASTES)), np.float32), nothing, nothing, nothing)
         return Features(
-            similarity=similarity(self._catalogue.vectors[rows], tastes),
+            similarity=similarity(pool.vectors_in(self._catalogue.space_vectors), tastes),
             ctr=clip_ctr(self._counters.smoothed_ctr(rows, now_ms, self.config.popularity_half_life_index)),
             popularity=self._popular.strength_of(rows),
             shown_counts=counts_of(rows, past.shown, past.shown_counts),
@@ -530,7 +531,7 @@ class Recommender:
         active: Bools,
     ) -> Winners:
         rows = at_columns(pool.rows, columns)
-        vectors, _ = self._catalogue.vectors_of(rows)
+        vectors = pool.vectors_in(self._catalogue.space_vectors)[np.arange(len(rows))[:, None], columns]
         liked_vectors, known = self._catalogue.vectors_of(past.liked)
         least = self.config.reason_similarity
         if scored.attention is None:
