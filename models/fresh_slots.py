@@ -23,8 +23,8 @@ from models.newest import NewestFirst
 from models.ranking import F32, I32, Bools
 
 NOT_DRAWN: Final = -1
-_KEPT_TABLES: Final = 1_000
-"""Tables that a pool keeps, of 2 KB each at the defaults; then it begins anew."""
+_KEPT_BYTES: Final = 4 << 20
+"""Bytes of tables that a pool keeps, 2 KB each with two slots; beyond, it begins anew."""
 
 
 class FreshSlots(BaseModel):
@@ -92,7 +92,7 @@ class FreshPool:
             published = catalogue.published_at_ms[rows]
             rows = rows[(published <= now_ms) & (published >= oldest_ms)]
             rows = rows[counters.totals(rows)[:, IMPRESSIONS] < config.max_impressions][: config.pool_items]
-            if len(rows) == config.pool_items or len(looked_at) < asked or (published < oldest_ms).any():
+            if len(rows) == config.pool_items or len(looked_at) < asked or newest.published_ms(asked) < oldest_ms:
                 break
             asked *= 4
         totals = counters.totals(rows)
@@ -116,7 +116,7 @@ class FreshPool:
         key = allowed.tobytes(), slots
         drawn = self._tables.get(key)
         if drawn is None:
-            if len(self._tables) >= _KEPT_TABLES:
+            if len(self._tables) * self.orders.itemsize * len(self.orders) * max(slots, 1) >= _KEPT_BYTES:
                 self._tables.clear()
             drawn = self._tables[key] = self._drawn(allowed, slots)
         return drawn

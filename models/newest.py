@@ -34,6 +34,10 @@ class NewestFirst:
             self._sort(max(n, 2 * known, _LEAST))
         return self._sorted[:n]
 
+    def published_ms(self, n: int) -> int:
+        """Return when the last of the first ``n`` rows was published, as it was when this order was made."""
+        return int(self._published_ms[np.searchsorted(self.rows, self.first(n)[-1])])
+
     def out(self, now_ms: int, n: int) -> Rows:
         """Return the first ``n`` rows that are out by ``now_ms`` and say since when, int32 [≤ n]."""
         asked = 2 * n

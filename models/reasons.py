@@ -104,7 +104,7 @@ def looked_at(
     weights = np.where(speaks, weights, np.float32(0))
     flat = weights.reshape(-1, weights.shape[2])
     best = np.argsort(-flat, axis=1, kind="stable")[:, :MOST_NAMED]
-    return np.where(at_columns(flat, best) > 0, best, -1).reshape(*weights.shape[:2], -1)
+    return np.where(at_columns(flat, best) > 0, best, -1).reshape(*weights.shape[:2], best.shape[1])
 
 
 def assemble(winners: Winners, catalogue: Catalogue, languages: Sequence[Language]) -> list[list[RecommendedItem]]:

@@ -34,9 +34,11 @@ LABELS_SECONDS = 0.25
 LABELS_USERS = 500
 """Silent users whose labels are sent in one step: about 5 ms."""
 EVICTION_ROWS = 100
-"""Rows looked at in one step after a batch: about 0.3 ms, which the next one waits for."""
+"""Rows looked at in one step after a batch: about 0.3 ms, which the next one waits for; more where batches are long."""
 EVICTION_ROWS_IDLE = 2_000
 """The same where no event waits."""
+EVICTION_STEP_SECONDS = 0.05
+"""Between two steps of one pass."""
 RECALL_SECONDS = 60.0
 RECALL_QUERIES = 16
 REPORT_SECONDS = 1.0
@@ -122,8 +124,22 @@ class Maintenance:
             return self._event_ms
         return min(time.time_ns() // 1_000_000, self._broker_ms)
 
+    def is_due(self) -> bool:
+        """Whether there is something to do that cannot wait for a moment without events."""
+        worker, now = self._worker, time.monotonic()
+        return (
+            worker.has_mirror_letters
+            or now - self._repaired_at > REPAIR_SECONDS
+            or (now - self._labels_at > LABELS_SECONDS and worker.settings.examples.enabled)
+            or now - self._evicted_at > (EVICTION_SECONDS if self._scan is None else EVICTION_STEP_SECONDS)
+            or now - self._recall_at > RECALL_SECONDS
+        )
+
     async def between_batches(self, *, is_idle: bool) -> None:
-        """Do what is due; called by the agent when no batch is in work. ``is_idle``: there was none either."""
+        """Do what is due; called by the agent when no batch is in work or on its way.
+
+        ``is_idle``: no event waits.
+        """
         worker = self._worker
         letters = worker.take_mirror_letters(LETTERS_AT_ONCE)
         now = time.monotonic()
@@ -142,11 +158,14 @@ class Maintenance:
             for label in due.labels:
                 outbox.add(worker.names.labels, label.partition, label.key, label.value)
         puts: list[tuple[int, bytes, bytes | None]] = []
-        if now - self._evicted_at > EVICTION_SECONDS:
+        if now - self._evicted_at > (EVICTION_SECONDS if self._scan is None else EVICTION_STEP_SECONDS):
+            # As many rows a second, however seldom it comes to a step.
+            steps = (now - self._evicted_at) / EVICTION_STEP_SECONDS if self._scan is not None else 1.0
+            most = min(round(EVICTION_ROWS * steps), EVICTION_ROWS_IDLE)
             if self._scan is None:
-                self._evicted_at = now
                 self._scan = self._keys()
-            puts = self._evict(outbox, EVICTION_ROWS_IDLE if is_idle else EVICTION_ROWS)
+            self._evicted_at = now
+            puts = self._evict(outbox, EVICTION_ROWS_IDLE if is_idle else most)
         if len(outbox):
             await worker.write(outbox, worker.app.consumer_generation_id)
             # A rebalance does not wait for this: what left meanwhile is its new owner's.

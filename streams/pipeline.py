@@ -1,7 +1,8 @@
 """One micro-batch: messages in, everything that must be written out. Runs in the state thread, sends nothing.
 
-Order: decode, rows (bisecting around an event that our code fails on), counters, slates. The caller sends the
-outbox, awaits every delivery, then calls ``commit`` and acknowledges.
+Order: decode, rows (bisecting around an event that our code fails on), counters, slates. The caller sends what was
+decided, awaits every delivery, then puts the rows into the table and acknowledges; meanwhile the next batch may be
+prepared, on the rows that are on their way (``streams.delivery``).
 """
 
 from __future__ import annotations

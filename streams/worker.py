@@ -31,13 +31,14 @@ from streams.catalogue_mirror import CatalogueMirror
 from streams.co_click_fill import CoClickFill
 from streams.dead_letters import DeadLetters
 from streams.decode import Decoded, Message
+from streams.delivery import Deliveries
 from streams.exit_codes import ExitCode, exit_code
 from streams.health import HealthServer
 from streams.in_flight import InFlightMark, Suspects
 from streams.item_stats import ItemStats
 from streams.kafka_clients import bootstrap_servers, new_admin, new_producer
 from streams.label_timer import LabelTimer
-from streams.labels import LabelMetrics
+from streams.labels import LabelMetrics, SentLabels
 from streams.logs import configure
 from streams.maintenance import Maintenance
 from streams.metrics import Metrics
@@ -100,8 +101,6 @@ class Worker:
         """Group generation of the last take-over."""
         self.handed: dict[int, int] = {}
         """Per partition the offset after the newest event that was taken from Faust."""
-        self.batch_in_work = asyncio.Lock()
-        """Held from a batch's first step to its last: a model is changed between two of them."""
         self._ticked_at = time.monotonic()
         self._mirror_letters: list[tuple[Record, MillstreamError]] = []
         self._tasks: list[asyncio.Task[None]] = []
@@ -219,6 +218,7 @@ class Worker:
         self.ownership = Ownership(self)
         self.app: Any = build(settings, self.names, self._agent, self.ownership.take_over, self.fail)
         self.rows = UserRows(settings, self.app.tables[TABLE_NAME].data, self.names.user_table_changelog)
+        self.deliveries = Deliveries(self.mark, self.rows.get, lambda error: self.fail(error, "delivery"))
         self.co_click_fill = CoClickFill(self.rows.rows_of, self.state)
         self.maintenance = Maintenance(self)
         self.mirrors = (
@@ -296,13 +296,13 @@ class Worker:
     async def _agent(self, stream: Any) -> None:
         try:
             async for events in faust_patches.batches(stream, self.settings.worker.batch_max_events, IDLE_SECONDS):
-                if events:
-                    for part in self._parts(events):
-                        async with self.batch_in_work:
-                            await self._process([event.message for event in part])
-                        faust_patches.acknowledge(part)
-                await self.maintenance.between_batches(is_idle=not events)
-                if self.stopping.is_set():
+                for part in self._parts(events) if events else ():
+                    await self._process(part)
+                stops = self.stopping.is_set()
+                if not events or stops or self.maintenance.is_due():
+                    await self.deliveries.settled()
+                    await self.maintenance.between_batches(is_idle=not events)
+                if stops:
                     self._drained.set()
                     await asyncio.Event().wait()
         except asyncio.CancelledError:
@@ -316,7 +316,7 @@ class Worker:
         self, live: ServingModel, shadows: list[ServingModel], arms: Mapping[str, ServingModel]
     ) -> None:
         """Serve with another model from the next batch on; where that fails, with the one in use, and raise why."""
-        async with self.batch_in_work:
+        async with self.deliveries.between_batches():
             old, old_shadows, old_arms = self.model.live, self.pipeline.shadows, self.model.arms
             started = time.perf_counter()
             try:
@@ -335,7 +335,7 @@ class Worker:
         self.metrics.set_build(model_version=live.version, space_id=live.space_id)
 
     async def _use_settings(self, settings: Settings) -> None:
-        async with self.batch_in_work:
+        async with self.deliveries.between_batches():
             await self.state.run(self.pipeline.reconfigure, settings)
             self.fill_co_clicks(self.rows.partitions)
         self.models.name_arms(settings.recommender.experiment.bundles)
@@ -358,29 +358,48 @@ class Worker:
                 open_part.append(event)
         return [*parts, open_part] if open_part else parts
 
-    async def _process(self, messages: Sequence[Message]) -> None:
-        """Process one micro-batch to the last acknowledgement."""
+    async def _process(self, events: Sequence[Any]) -> None:
+        """Prepare one micro-batch while the one before is delivered, then have it delivered."""
+        messages: list[Message] = [event.message for event in events]
         generation = self.app.consumer_generation_id
-        metrics = self.metrics
-        metrics.batch_events.observe(len(messages))
-        self.mark.set((m.partition, m.offset) for m in messages)
+        self.metrics.batch_events.observe(len(messages))
+        # A suspect is alone: what kills the process beside it would be taken for it.
+        is_alone = any(self.suspects.is_one_by_one(m.partition, m.offset) for m in messages)
+        if is_alone:
+            await self.deliveries.settled()
+        async with self.deliveries.batch([(m.partition, m.offset) for m in messages]):
+            prepared, accepted, now_ms = await self._prepare(messages)
+            # What this batch says depends on what the timer knows, which the one before still tells.
+            await self.deliveries.settled()
+            self.pipeline.drop_hidden(prepared, now_ms)
+            labels = self.label_timer.unsaid(prepared.closings.labels)
+            outbox = self._outbox(prepared, labels, now_ms)
+            delivery = self._deliver(events, outbox, prepared, accepted, len(labels), generation)
+            self.deliveries.start(prepared.rows, delivery)
+        if is_alone:
+            await self.deliveries.settled()
+
+    async def _prepare(self, messages: Sequence[Message]) -> tuple[Prepared, list[Decoded], int]:
+        """Decide what a batch changes and sends; returns it, the accepted events and the time."""
         for message in messages:
             self.handed[message.partition] = message.offset + 1
         started = time.perf_counter()
         accepted, refused = decode_batch(
             messages,
             self.settings,
-            lambda partition, key: key in self.rows.rows_of(partition),
+            lambda partition, key: self.deliveries.row(partition, key) is not None,
             self.suspects.is_refused,
         )
-        metrics.stage.labels("decode").observe(time.perf_counter() - started)
+        self.metrics.stage.labels("decode").observe(time.perf_counter() - started)
         texts = await self._texts(accepted)
         now_ms = time.time_ns() // 1_000_000
         prepared = await self.state.run(
-            self.pipeline.prepare, accepted, self.rows.get, self.profiles.text, texts, now_ms
+            self.pipeline.prepare, accepted, self.deliveries.row, self.profiles.text, texts, now_ms
         )
         prepared.refused += refused
-        self.pipeline.drop_hidden(prepared, now_ms)
+        return prepared, accepted, now_ms
+
+    def _outbox(self, prepared: Prepared, labels: Sequence[SentLabels], now_ms: int) -> Outbox:
         outbox = Outbox()
         for (partition, key), row in prepared.rows.items():
             self.rows.stage(outbox, partition, key, row)
@@ -389,19 +408,30 @@ class Worker:
             outbox.add(self.names.recommendations, slate.partition, slate.key, value, JSON)
         for example in prepared.features:
             outbox.add(self.names.features, example.partition, example.key, example.value)
-        labels = self.label_timer.unsaid(prepared.closings.labels)
         for label in labels:
             outbox.add(self.names.labels, label.partition, label.key, label.value)
         for letter in prepared.refused:
             self._stage_letter(outbox, letter, now_ms)
+        return outbox
+
+    async def _deliver(
+        self,
+        events: Sequence[Any],
+        outbox: Outbox,
+        prepared: Prepared,
+        accepted: Sequence[Decoded],
+        labels: int,
+        generation: int,
+    ) -> None:
+        """Send a batch, await every acknowledgement, take its rows over and acknowledge its events."""
         await self.write(outbox, generation)
         for (partition, key), row in prepared.rows.items():
             self.rows.put(partition, key, row)
-        self.mark.clear()
         self.maintenance.see_times(accepted)
         self.label_timer.touch(prepared.closings.next_close_ms, time.monotonic())
-        self.label_metrics.count(prepared.closings.counts, len(prepared.closings.labels) - len(labels))
+        self.label_metrics.count(prepared.closings.counts, len(prepared.closings.labels) - labels)
         self._count(prepared)
+        faust_patches.acknowledge(list(events))
 
     async def write(self, outbox: Outbox, generation: int) -> None:
         """Check the fence, send, and await every acknowledgement. Raises FencedError or DeliveryError."""
@@ -466,6 +496,11 @@ class Worker:
 
     def _refuse_mirrored(self, record: Record, error: MillstreamError) -> None:
         self._mirror_letters.append((record, error))
+
+    @property
+    def has_mirror_letters(self) -> bool:
+        """Whether mirrors refused records that are not in the dead letters yet."""
+        return bool(self._mirror_letters)
 
     def take_mirror_letters(self, most: int) -> list[tuple[Record, MillstreamError]]:
         """Return and forget the oldest ``most`` records that mirrors refused."""

@@ -43,6 +43,7 @@ def test_many_items_are_sorted_no_further_than_asked_and_still_right() -> None:
     newest = NewestFirst(catalogue, NOW_MS)
     for n in (3, 1_500, 1_600, 4_999, 6_000):
         assert newest.first(n).tolist() == whole[:n].tolist()
+        assert newest.published_ms(n) == catalogue.published_at_ms[whole[:n][-1]]
 
 
 def test_what_is_hidden_is_left_out_and_what_is_not_out_yet_or_says_no_time_is_not_out() -> None:
