@@ -29,6 +29,8 @@ _GPU_MOST: Final = 2_048
 """Neighbours that faiss on a GPU gives at most."""
 _BUILD_CHUNK: Final = 1_024
 _BUILD_NICENESS: Final = 10
+_RECALL_CHUNK: Final = 10_000
+"""Items that one step of a comparison with exact search looks at: 2 to 4 ms for 16 queries."""
 
 
 class RetrievalConfig(BaseModel):
@@ -152,6 +154,43 @@ class _Snapshot:
         return rows, scores
 
 
+class RecallCheck:
+    """Compares what a search found with the exact best of the same moment, a few thousand items at a time.
+
+    The graph's vectors never change; which of them were alive is remembered from the beginning.
+    """
+
+    def __init__(
+        self, queries: Floats, found: Rows, newer_rows: Rows, newer_scores: Floats, snapshot: _Snapshot | None
+    ) -> None:
+        """``found`` int32 [n, k]: by the search; ``newer_…`` [n, k]: exact, of the items that the graph has not."""
+        self._queries = queries
+        self._found = found
+        self._rows = newer_rows
+        self._scores = newer_scores
+        self._snapshot = snapshot
+        self._alive = snapshot.alive.copy() if snapshot is not None else np.zeros(0, np.bool_)
+        self._next = 0
+
+    def step(self) -> float | None:
+        """Look at the next items; returns the share of the exact best that was found when all are done, else None."""
+        if self._snapshot is None:
+            return 1.0
+        start, end = self._next, min(self._next + _RECALL_CHUNK, len(self._alive))
+        if start < end:
+            vectors = np.asarray(self._snapshot.index.reconstruct_n(start, end - start), np.float32)
+            alive = self._alive[start:end]
+            rows, scores = exact_search(
+                self._queries, self._snapshot.rows[start:end][alive], vectors[alive], self._found.shape[1]
+            )
+            self._rows, self._scores = best_of([self._rows, rows], [self._scores, scores], self._found.shape[1])
+        self._next = end
+        if end < len(self._alive):
+            return None
+        hits = sum(len(np.intersect1d(t[t >= 0], f)) for t, f in zip(self._rows, self._found, strict=True))
+        return hits / max(1, int((self._rows >= 0).sum()))
+
+
 class VectorIndex:
     """Rows of the catalogue by inner product with a query.
 
@@ -233,24 +272,24 @@ class VectorIndex:
         rows, scores = self._snapshot.search(queries, k)
         if self._dense.count:
             newer_rows, newer_scores = self._dense.search(queries, k)
-            rows = np.concatenate([rows, newer_rows], axis=1)
-            scores = np.concatenate([scores, newer_scores], axis=1)
-            best = np.argsort(-scores, axis=1, kind="stable")[:, :k]
-            rows, scores = at_columns(rows, best), at_columns(scores, best)
+            rows, scores = best_of([rows, newer_rows], [scores, newer_scores], k)
         return rows, scores
 
     def recall(self, queries: Floats, k: int = 100) -> float:
         """Return which part of the exact ``k`` best of each query [n, D] a search finds, from 0 to 1.
 
-        Costs an exact search of everything and a copy of all vectors where a graph answers; nothing where none does.
+        Costs an exact search of everything where a graph answers, nothing where none does.
         """
-        if self.is_exact:
-            return 1.0
-        rows, vectors = self._all_items()
-        true_rows, _ = exact_search(np.ascontiguousarray(queries, np.float32), rows, vectors, k)
-        found_rows, _ = self.search(queries, k)
-        hits = sum(len(np.intersect1d(t[t >= 0], f)) for t, f in zip(true_rows, found_rows, strict=True))
-        return hits / max(1, int((true_rows >= 0).sum()))
+        check = self.check_recall(queries, k)
+        while (found := check.step()) is None:
+            pass
+        return found
+
+    def check_recall(self, queries: Floats, k: int = 100) -> RecallCheck:
+        """Begin to compare a search of this moment with an exact one, see ``recall``; items may change meanwhile."""
+        queries = np.ascontiguousarray(queries, np.float32)
+        found, _ = self.search(queries, k)
+        return RecallCheck(queries, found, *self._dense.search(queries, k), self._snapshot)
 
     def take_over(self) -> None:
         """Take over a build that is done, if one is; search does the same."""
@@ -327,6 +366,13 @@ class VectorIndex:
         self._retry_at = 0
         self.build_error = None
         self.builds += 1
+
+
+def best_of(rows: list[Rows], scores: list[Floats], k: int) -> tuple[Rows, Floats]:
+    """Return the ``k`` best of several searches of the same queries [n, …], best first; ties keep their order."""
+    all_rows, all_scores = np.concatenate(rows, axis=1), np.concatenate(scores, axis=1)
+    best = np.argsort(-all_scores, axis=1, kind="stable")[:, :k]
+    return at_columns(all_rows, best), at_columns(all_scores, best)
 
 
 def exact_search(queries: Floats, rows: Rows, vectors: Floats, k: int) -> tuple[Rows, Floats]:

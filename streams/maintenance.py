@@ -17,6 +17,7 @@ from aiokafka.errors import IllegalStateError, KafkaError
 from faust.exceptions import ConsumerNotStarted
 
 from models.errors import MillstreamError, RecordError, RowError
+from models.retrieval import RecallCheck
 from models.user_row import ROW_BYTES, VERSION, decode_rows, encode_rows, is_idle, is_marker, markers
 from models.user_value import guard_of, split_value
 from streams.exit_codes import ExitCode
@@ -41,6 +42,7 @@ EVICTION_STEP_SECONDS = 0.05
 """Between two steps of one pass."""
 RECALL_SECONDS = 60.0
 RECALL_QUERIES = 16
+RECALL_STEP_SECONDS = 0.05
 REPORT_SECONDS = 1.0
 LETTERS_AT_ONCE = 200
 """A catalogue of bad records must not stand before the first slate."""
@@ -96,7 +98,6 @@ class Maintenance:
         self._repaired_at = time.monotonic()
         self._evicted_at = time.monotonic()
         self._labels_at = time.monotonic()
-        self._recall_at = time.monotonic()
         self._recall_turn = 0
         self._scan: Iterator[tuple[int, bytes]] | None = None
         self._letters: list[tuple[Any, MillstreamError]] = []
@@ -132,7 +133,6 @@ class Maintenance:
             or now - self._repaired_at > REPAIR_SECONDS
             or (now - self._labels_at > LABELS_SECONDS and worker.settings.examples.enabled)
             or now - self._evicted_at > (EVICTION_SECONDS if self._scan is None else EVICTION_STEP_SECONDS)
-            or now - self._recall_at > RECALL_SECONDS
         )
 
     async def between_batches(self, *, is_idle: bool) -> None:
@@ -175,9 +175,6 @@ class Maintenance:
         if due is not None:
             worker.label_timer.done(due)
             worker.label_metrics.count_timer(len(due.labels))
-        if now - self._recall_at > RECALL_SECONDS:
-            self._recall_at = now
-            await self._check_recall()
 
     def _stage_letters(self, outbox: Outbox, letters: list[tuple[Any, MillstreamError]]) -> None:
         worker = self._worker
@@ -274,14 +271,21 @@ class Maintenance:
             is_open.append(bool(block) and not spent)
         return kept, is_open, puts
 
-    async def _check_recall(self) -> None:
+    async def watch_recall(self) -> None:
+        """Compare the index with exact search on some of its own items, every minute, a few thousand at a time."""
         worker = self._worker
-        recall = await worker.state.run(self._recall)
-        if recall is not None:
-            worker.metrics.index_recall.set(recall)
+        while True:
+            await asyncio.sleep(RECALL_SECONDS)
+            check = await worker.state.run(self._recall_check)
+            recall = None
+            while check is not None and recall is None:
+                # Between two steps, batches have their turn.
+                await asyncio.sleep(RECALL_STEP_SECONDS)
+                recall = await worker.state.run(check.step)
+            if recall is not None:
+                worker.metrics.index_recall.set(recall)
 
-    def _recall(self) -> float | None:
-        """Search the index for some of its own items and compare with exact search."""
+    def _recall_check(self) -> RecallCheck | None:
         worker = self._worker
         rows = worker.catalogue.servable_rows(time.time_ns() // 1_000_000)
         if not len(rows):
@@ -290,7 +294,7 @@ class Maintenance:
         step = max(1, len(rows) // RECALL_QUERIES)
         sample = rows[self._recall_turn % step :: step][:RECALL_QUERIES]
         vectors, has = worker.catalogue.vectors_of(sample)
-        return worker.model.vector_index.recall(vectors[has]) if has.any() else None
+        return worker.model.vector_index.check_recall(vectors[has]) if has.any() else None
 
     async def watch_commits(self) -> None:
         """End the process when events were read but not committed for too long."""

@@ -239,6 +239,7 @@ class Worker:
         self._spawn(self._tick(), "tick")
         self._spawn(self.maintenance.watch_commits(), "commit watchdog")
         self._spawn(self.maintenance.report(), "metrics")
+        self._spawn(self.maintenance.watch_recall(), "recall")
         self._spawn(self.ownership.watch_epoch(), "epoch")
         self._spawn(self._watch_faust(), "faust")
         await self.app.start()

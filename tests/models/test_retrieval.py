@@ -199,6 +199,28 @@ def test_recall_of_the_graph_against_exact_search_is_high() -> None:
     assert index.recall(vectors[:200], 20) >= 0.95
 
 
+def test_recall_is_that_of_the_moment_at_which_its_check_began_whatever_changes_between_its_steps(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(retrieval, "_RECALL_CHUNK", 400)
+    narrow = NEVER_AGAIN.model_copy(update={"hnsw_neighbours": 4, "hnsw_build_width": 8, "hnsw_search_width": 8})
+    index, vectors = graph_of(1_000, narrow)
+    index.add(np.arange(1_000, 1_050, dtype=np.int32), vectors_of(50, seed=3))
+    everything = np.concatenate([vectors, vectors_of(50, seed=3)])
+    queries = everything[990:1_010]
+    found = index.search(queries, 50)[0]
+    best = exact_search(queries, np.arange(1_050, dtype=np.int32), everything, 50)[0]
+    expected = np.mean([len(np.intersect1d(t, f)) / 50 for t, f in zip(best, found, strict=True)])
+    check = index.check_recall(queries, 50)
+    steps = [check.step()]
+    index.remove(best[:, :10].reshape(-1))
+    index.add(np.arange(2_000, 2_100, dtype=np.int32), everything[900:1_000] * 2)
+    steps += [check.step(), check.step()]
+    assert steps[:2] == [None, None]
+    assert expected < 0.95
+    assert steps[2] == pytest.approx(expected)
+
+
 def test_recall_of_exact_search_is_one() -> None:
     index = VectorIndex(16, EXACT)
     index.add(np.arange(500, dtype=np.int32), vectors_of(500))
