@@ -107,6 +107,17 @@ class LabelTimer:
         held = self._partitions.get(partition)
         return self._watermark_ms(held, now) if held is not None else 0
 
+    def has_due(self, now: float) -> bool:
+        """Tell whether a user's impression is due; cheap."""
+        for held in self._partitions.values():
+            clock_ms = self._watermark_ms(held, now)
+            while held.heap and held.heap[0][0] < clock_ms:
+                close_ms, key = held.heap[0]
+                if held.next_ms.get(key) == close_ms:
+                    return True
+                heapq.heappop(held.heap)
+        return False
+
     def due(self, read_value: Callable[[int, bytes], bytes | None], now: float, most_users: int) -> Due:
         """Return the labels that are due, of at most ``most_users`` users."""
         found = Due()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -90,6 +91,20 @@ def may_be_replayed(value: bytes, epoch: int, next_offset: int) -> bool:
     return held_epoch == epoch and offset >= next_offset
 
 
+@dataclass(frozen=True, slots=True)
+class Eviction:
+    """What is to become of one value of the table."""
+
+    partition: int
+    key: bytes
+    held: bytes
+    """The value that was looked at."""
+    value: bytes | None
+    """What stands in its place then; None: nothing."""
+    strips: bool = False
+    """Whether only spent impressions behind the row go."""
+
+
 class Maintenance:
     """The worker's housekeeping."""
 
@@ -136,28 +151,20 @@ class Maintenance:
         )
 
     async def between_batches(self, *, is_idle: bool) -> None:
-        """Do what is due; called by the agent when no batch is in work or on its way.
+        """Do what is due; called by the agent when no batch is in work.
 
-        ``is_idle``: no event waits.
+        Looking goes beside the batch that is on its way; its arrival is awaited where there is something to write:
+        to wait each time would take the pipeline from every third batch. ``is_idle``: no event waits.
         """
         worker = self._worker
-        letters = worker.take_mirror_letters(LETTERS_AT_ONCE)
         now = time.monotonic()
-        outbox = Outbox()
-        if letters:
-            self._stage_letters(outbox, letters)
-        if now - self._repaired_at > REPAIR_SECONDS:
-            self._repaired_at = now
-            await self._repair(outbox)
-        due = None
-        # A partition may be another worker's already, whose labels know more.
-        is_owner = worker.is_ready and worker.app.consumer_generation_id == worker.owned_generation
-        if is_owner and now - self._labels_at > LABELS_SECONDS and worker.settings.examples.enabled:
+        letters = worker.take_mirror_letters(LETTERS_AT_ONCE)
+        repairs = now - self._repaired_at > REPAIR_SECONDS
+        labels = now - self._labels_at > LABELS_SECONDS and worker.settings.examples.enabled
+        if labels:
             self._labels_at = now
-            due = worker.label_timer.due(worker.rows.get, now, LABELS_USERS)
-            for label in due.labels:
-                outbox.add(worker.names.labels, label.partition, label.key, label.value)
-        puts: list[tuple[int, bytes, bytes | None]] = []
+            labels = self._is_owner and worker.label_timer.has_due(now)
+        evictions: list[Eviction] = []
         if now - self._evicted_at > (EVICTION_SECONDS if self._scan is None else EVICTION_STEP_SECONDS):
             # As many rows a second, however seldom it comes to a step.
             steps = (now - self._evicted_at) / EVICTION_STEP_SECONDS if self._scan is not None else 1.0
@@ -165,16 +172,51 @@ class Maintenance:
             if self._scan is None:
                 self._scan = self._keys()
             self._evicted_at = now
-            puts = self._evict(outbox, EVICTION_ROWS_IDLE if is_idle else most)
+            evictions = self._evictions(EVICTION_ROWS_IDLE if is_idle else most)
+        if letters or repairs or labels or evictions:
+            await worker.deliveries.settled()
+            await self._write(letters, evictions, repairs=repairs, labels=labels)
+
+    async def _write(
+        self, letters: list[tuple[Any, MillstreamError]], evictions: Sequence[Eviction], *, repairs: bool, labels: bool
+    ) -> None:
+        """Write what is due; no batch is in work or on its way."""
+        worker = self._worker
+        outbox = Outbox()
+        if letters:
+            self._stage_letters(outbox, letters)
+        if repairs:
+            self._repaired_at = time.monotonic()
+            await self._repair(outbox)
+        due = None
+        # A partition may be another worker's already, whose labels know more.
+        if labels and self._is_owner:
+            due = worker.label_timer.due(worker.rows.get, time.monotonic(), LABELS_USERS)
+            for label in due.labels:
+                outbox.add(worker.names.labels, label.partition, label.key, label.value)
+        # Since the look at a row, a newer one may have arrived, or its partition have gone, and come back.
+        owned = worker.rows.partitions
+        evictions = [e for e in evictions if e.partition in owned and worker.rows.get(e.partition, e.key) == e.held]
+        for eviction in evictions:
+            worker.rows.stage(outbox, eviction.partition, eviction.key, eviction.value)
+            if eviction.strips:
+                worker.label_timer.forget(eviction.partition, [eviction.key])
+            else:
+                worker.metrics.evicted_rows.labels("marker" if eviction.value is None else "row").inc()
         if len(outbox):
             await worker.write(outbox, worker.app.consumer_generation_id)
-            # A rebalance does not wait for this: what left meanwhile is its new owner's.
-            for partition, key, value in puts:
-                if partition in worker.rows.partitions:
-                    worker.rows.put(partition, key, value)
+            # Nor for this: what left meanwhile is its new owner's.
+            for eviction in evictions:
+                if eviction.partition in worker.rows.partitions:
+                    worker.rows.put(eviction.partition, eviction.key, eviction.value)
         if due is not None:
             worker.label_timer.done(due)
             worker.label_metrics.count_timer(len(due.labels))
+
+    @property
+    def _is_owner(self) -> bool:
+        worker = self._worker
+        return worker.is_ready and bool(worker.app.consumer_generation_id == worker.owned_generation)
 
     def _stage_letters(self, outbox: Outbox, letters: list[tuple[Any, MillstreamError]]) -> None:
         worker = self._worker
@@ -203,11 +245,11 @@ class Maintenance:
                 for key in list(self._worker.rows.rows_of(partition)):
                     yield partition, key
 
-    def _evict(self, outbox: Outbox, most: int) -> list[tuple[int, bytes, bytes | None]]:
+    def _evictions(self, most: int) -> list[Eviction]:
         """Look at the next values: an idle row becomes a marker, a marker older than the events topic goes.
 
         At most ``most``. Open impressions behind a row go when nothing can change their labels any more; until then
-        the row is not idle.
+        the row is not idle. A user may be in it twice: the later one is what lasts.
         """
         worker = self._worker
         assert self._scan is not None
@@ -216,9 +258,8 @@ class Maintenance:
         if not keys:
             self._scan = None
             return []
-        kept, is_open, puts = self._readable(keys)
-        keys = [(p, k) for p, k, _ in kept]
-        rows = decode_rows([row for _, _, row in kept])
+        kept, is_open, found = self._readable(keys)
+        rows = decode_rows([row for _, _, _, row in kept])
         settings = worker.settings
         now_ms = self._idle_clock_ms()
         idle = is_idle(rows, now_ms, settings.worker.idle_eviction_days) & ~np.array(is_open, np.bool_)
@@ -227,32 +268,24 @@ class Maintenance:
         gone = marked & is_idle(
             rows, now_ms, settings.worker.idle_eviction_days + settings.topics.events_retention_hours / 24 + 1
         )
-        stripped = len(puts)
         fresh = (idle & ~marked).nonzero()[0].tolist()
         for place, marker in zip(fresh, encode_rows(markers(rows[fresh])), strict=True):
-            puts.append((*keys[place], marker))
-        puts += [(*keys[place], None) for place in gone.nonzero()[0].tolist()]
-        # A user may be in it twice: the later record is the one that lasts.
-        for number, (partition, key, value) in enumerate(puts):
-            worker.rows.stage(outbox, partition, key, value)
-            if number < stripped:
-                worker.label_timer.forget(partition, [key])
-                continue
-            worker.metrics.evicted_rows.labels("marker" if value is None else "row").inc()
-        return puts
+            found.append(Eviction(*kept[place][:3], marker))
+        found += [Eviction(*kept[place][:3], None) for place in gone.nonzero()[0].tolist()]
+        return found
 
     def _readable(
         self, keys: Sequence[tuple[int, bytes]]
-    ) -> tuple[list[tuple[int, bytes, bytes]], list[bool], list[tuple[int, bytes, bytes | None]]]:
-        """Return the rows of ``keys``, whether impressions stay open behind each, and values without a spent block.
+    ) -> tuple[list[tuple[int, bytes, bytes, bytes]], list[bool], list[Eviction]]:
+        """Return the values of ``keys`` and their rows, whether impressions stay open behind each, and spent blocks.
 
         A value that cannot be read is left out: the event that touches it makes one dead letter, here it would be a
         dead worker.
         """
         worker, now = self._worker, time.monotonic()
-        kept: list[tuple[int, bytes, bytes]] = []
+        kept: list[tuple[int, bytes, bytes, bytes]] = []
         is_open: list[bool] = []
-        puts: list[tuple[int, bytes, bytes | None]] = []
+        found: list[Eviction] = []
         for partition, key in keys:
             value = worker.rows.get(partition, key)
             try:
@@ -266,10 +299,10 @@ class Maintenance:
             if spent and may_be_replayed(value, worker.epoch, worker.handed.get(partition, 0)):
                 spent = False
             if spent:
-                puts.append((partition, key, row))
-            kept.append((partition, key, row))
+                found.append(Eviction(partition, key, value, row, strips=True))
+            kept.append((partition, key, value, row))
             is_open.append(bool(block) and not spent)
-        return kept, is_open, puts
+        return kept, is_open, found
 
     async def watch_recall(self) -> None:
         """Compare the index with exact search on some of its own items, every minute, a few thousand at a time."""

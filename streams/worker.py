@@ -301,9 +301,9 @@ class Worker:
                     await self._process(part)
                 stops = self.stopping.is_set()
                 if not events or stops or self.maintenance.is_due():
-                    await self.deliveries.settled()
                     await self.maintenance.between_batches(is_idle=not events)
                 if stops:
+                    await self.deliveries.settled()
                     self._drained.set()
                     await asyncio.Event().wait()
         except asyncio.CancelledError:

@@ -55,7 +55,10 @@ class Table:
         return int.from_bytes(row[32:40], "little") if row else 0
 
     def due(self, now: float, most_users: int = 100) -> Due:
-        return self.timer.due(lambda partition, key: self.values.get((partition, key)), now, most_users)
+        has_due = self.timer.has_due(now)
+        due = self.timer.due(lambda partition, key: self.values.get((partition, key)), now, most_users)
+        assert has_due == bool(due._looked_at)
+        return due
 
     def send(self, now: float, most_users: int = 100) -> list[LabelsRecord]:
         """Return the labels that are due and say that they were acknowledged."""
