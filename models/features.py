@@ -81,12 +81,28 @@ SPACE_COLUMNS: Final[tuple[str, ...]] = tuple(name for name in COLUMNS if name.s
 
 _AT: Final = {name: place for place, name in enumerate(COLUMNS)}
 _PLANES: Final = len(COMPARED)
-_SIMS: Final = slice(_AT["sim_short"], _AT["sim_long"] + 1)
-_RATES: Final = {
-    name: slice(_AT[f"{name}_first"], _AT[f"{name}_fourth"] + 1) for name in ("ctr", "quick_ctr", "coec", "quick_coec")
-}
-_SOME_ONLY: Final = (("age", "age_given"), ("first_seen", "first_seen_given"))
-"""Compared columns that some items lack, and the columns that tell which have them."""
+
+
+def _stretch(first: str, last: str) -> slice:
+    """Return the places of columns that stand side by side and are filled at once."""
+    return slice(_AT[first], _AT[last] + 1)
+
+
+_IMPRESSIONS: Final = _stretch("impressions_first", "impressions_fourth")
+_CLICKS: Final = _stretch("clicks_first", "clicks_fourth")
+_ACTIONS: Final = _stretch("actions_first", "actions_fourth")
+_RATES: Final = _stretch("ctr_first", "quick_coec_fourth")
+_SIMS: Final = _stretch("sim_short", "sim_long")
+_AGES: Final = _stretch("age", "first_seen")
+"""Compared columns that some items lack."""
+_AGES_GIVEN: Final = _stretch("age_given", "first_seen_given")
+_SHOWN_RECENCIES: Final = _stretch("shown_recency", "shown_just_now")
+_USER_FACTS: Final = _stretch("user_impressions", "weekday_cos")
+_RELATIVE: Final = _stretch(f"{COMPARED[0]}_rank", f"{COMPARED[-1]}_gap")
+_TIME_UNITS: Final[F32] = np.array([3600, 60, 3600, 120, 3600], np.float32)[:, None, None]
+"""Seconds in which the age, the time since it was first seen, twice since shown and since acted on are told."""
+_NOT_COMPARED: Final = -MAX_COMPARED * GRID - 1
+"""Below whatever is compared."""
 
 Prior = Annotated[float, Field(gt=0, lt=1)]
 Ratio = Annotated[float, Field(gt=0, le=1e6)]
@@ -250,96 +266,111 @@ def _counts(planes: F32, raw: RawSlates, config: FeatureConfig) -> None:
     logs = np.ascontiguousarray(raw.counters.transpose(3, 2, 0, 1), np.float32)
     # fmax takes the other one of two where one is NaN; np.nan_to_num takes many times as long for a single slate.
     logs = np.minimum(np.fmax(logs, np.float32(0), out=logs), np.float32(MAX_LOG_COUNT), out=logs)
-    planes[_AT["impressions_first"] : _AT["impressions_first"] + HALF_LIVES] = logs[IMPRESSIONS]
-    planes[_AT["clicks_first"] : _AT["clicks_first"] + HALF_LIVES] = logs[CLICKS]
-    planes[_AT["actions_first"] : _AT["actions_first"] + HALF_LIVES] = logs[ACTIONS]
-    impressions, clicks, expected = np.exp(logs[[IMPRESSIONS, CLICKS, EXPECTED]]) - np.float32(1)
-    impressions = np.maximum(impressions, clicks)
-    rates = (
-        ("ctr", config.prior_ctr, impressions, config.prior_strength),
-        ("quick_ctr", config.prior_ctr, impressions, config.quick_prior_strength),
-        ("coec", config.prior_coec, expected, config.coec_strength),
-        ("quick_coec", config.prior_coec, expected, config.quick_coec_strength),
-    )
-    for name, prior, chances, strength in rates:
-        usual = clicks / np.array(prior, np.float32)[:, None, None]
-        planes[_RATES[name]] = np.log((usual + np.float32(strength)) / (chances + np.float32(strength)))
+    planes[_IMPRESSIONS], planes[_CLICKS], planes[_ACTIONS] = logs[IMPRESSIONS], logs[CLICKS], logs[ACTIONS]
+    counts = np.exp(logs, out=logs)
+    counts -= np.float32(1)
+    np.maximum(counts[IMPRESSIONS], counts[CLICKS], out=counts[IMPRESSIONS])
+    # All rates at once: [what clicks are held against, strength of its prior, half-lives, S, C].
+    chances = counts[IMPRESSIONS :: EXPECTED - IMPRESSIONS][:, None]
+    priors = np.array((config.prior_ctr, config.prior_coec), np.float32)[:, None, :, None, None]
+    strengths = np.array(
+        (
+            (config.prior_strength, config.quick_prior_strength),
+            (config.coec_strength, config.quick_coec_strength),
+        ),
+        np.float32,
+    )[:, :, None, None, None]
+    rates = planes[_RATES].reshape(2, 2, *counts.shape[1:])
+    np.add(counts[CLICKS] / priors, strengths, out=rates)
+    rates /= chances + strengths
+    np.log(rates, out=rates)
 
 
 def _item_facts(planes: F32, raw: RawSlates) -> None:
     """Fill what is known of each item."""
-    sims = np.ascontiguousarray(raw.sims.transpose(2, 0, 1), np.float32)
+    sims = planes[_SIMS]
+    sims[:] = raw.sims.transpose(2, 0, 1)
     np.copyto(sims, 0.0, where=np.isnan(sims))
-    planes[_SIMS] = np.clip(sims, -1.0, 1.0)
-    for name, seconds, unit in (
-        ("age", raw.age_seconds, np.float32(3600)),
-        ("first_seen", raw.first_seen_seconds, np.float32(60)),
-    ):
-        given = np.isfinite(seconds)
-        planes[_AT[name]] = np.log1p(np.where(given, np.maximum(seconds, 0), 0) / unit)
-        planes[_AT[f"{name}_given"]] = given
-    planes[_AT["shown_count"]] = np.log1p(raw.shown_counts.astype(np.float32))
-    ever = np.isfinite(raw.shown_age_seconds)
-    seconds = np.where(ever, np.maximum(raw.shown_age_seconds, 0), 0)
-    planes[_AT["shown_recency"]] = np.where(ever, 1 / (1 + seconds / np.float32(3600)), 0)
-    planes[_AT["shown_just_now"]] = np.where(ever, 1 / (1 + seconds / np.float32(120)), 0)
-    planes[_AT["shown_ever"]] = ever
-    acted = np.isfinite(raw.acted_age_seconds)
-    hours = np.where(acted, np.maximum(raw.acted_age_seconds, 0), 0) / np.float32(3600)
-    planes[_AT["acted_recency"]] = np.where(acted, 1 / (1 + hours), 0)
-    planes[_AT["acted_before"]] = acted
+    np.clip(sims, -1.0, 1.0, out=sims)
+    # All times at once, each in a unit of its own; how lately an item was shown is told in two.
+    times = np.empty((len(_TIME_UNITS), *raw.valid.shape), np.float32)
+    times[0], times[1], times[2], times[4] = (
+        raw.age_seconds,
+        raw.first_seen_seconds,
+        raw.shown_age_seconds,
+        raw.acted_age_seconds,
+    )
+    times[3] = times[2]
+    given = np.isfinite(times)
+    times = np.where(given, np.maximum(times, np.float32(0), out=times), np.float32(0))
+    times /= _TIME_UNITS
+    np.log1p(times[:2], out=planes[_AGES])
+    planes[_AGES_GIVEN] = given[:2]
+    times += np.float32(1)
+    recencies = np.reciprocal(times, out=times)
+    recencies *= given
+    planes[_SHOWN_RECENCIES], planes[_AT["acted_recency"]] = recencies[2:4], recencies[4]
+    planes[_AT["shown_ever"]], planes[_AT["acted_before"]] = given[2], given[4]
+    shown = planes[_AT["shown_count"]]
+    shown[:] = raw.shown_counts
+    np.log1p(shown, out=shown)
 
 
 def _user_facts(planes: F32, raw: RawSlates) -> None:
     """Fill what is the same for all items of a slate: the user's counts, and the time in UTC."""
-    counts = raw.user_counts.astype(np.float64)
-    first = _AT["user_impressions"]
-    planes[first : first + 3] = np.log1p(counts).T[:, :, None]
-    planes[_AT["user_ctr"]] = np.log((counts[:, 1] + 1) / (np.maximum(counts[:, 0], counts[:, 1]) + 2))[:, None]
+    facts = np.empty((_USER_FACTS.stop - _USER_FACTS.start, len(raw.time_ms)))
+    counts = raw.user_counts.T.astype(np.float64)
+    np.log1p(counts, out=facts[:3])
+    facts[3] = np.log((counts[1] + 1) / (np.maximum(counts[0], counts[1]) + 2))
+    days = raw.time_ms / DAY_MS
+    angles = np.empty((2, len(days)))
     # 1970-01-01 was a Thursday: the week is counted from the Monday before.
-    for name, phase in (("hour", raw.time_ms / DAY_MS), ("weekday", (raw.time_ms / DAY_MS + 3) / 7)):
-        angle = 2 * np.pi * (phase % 1.0)
-        planes[_AT[f"{name}_sin"]] = np.sin(angle)[:, None]
-        planes[_AT[f"{name}_cos"]] = np.cos(angle)[:, None]
+    angles[0], angles[1] = days, (days + 3) / 7
+    angles %= 1.0
+    angles *= 2 * np.pi
+    np.sin(angles, out=facts[4::2])
+    np.cos(angles, out=facts[5::2])
+    planes[_USER_FACTS] = facts[:, :, None]
 
 
 def _relative(planes: F32, valid: Bools) -> None:
     """Fill rank and gap within the slate of the compared planes; of what some items lack among those that have it."""
-    np.clip(planes[:_PLANES], -MAX_COMPARED, MAX_COMPARED, out=planes[:_PLANES])
-    compared = np.broadcast_to(valid, planes[:_PLANES].shape).copy()
-    for name, given in _SOME_ONLY:
-        compared[_AT[name]] &= planes[_AT[given]] > 0
+    own = planes[:_PLANES]
+    np.clip(own, -MAX_COMPARED, MAX_COMPARED, out=own)
+    compared = np.empty(own.shape, np.bool_)
+    compared[:] = valid
+    compared[_AGES] &= planes[_AGES_GIVEN] > 0
     n = np.count_nonzero(compared, axis=2)[:, :, None]
-    first = _AT[f"{COMPARED[0]}_{RELATIVE_KINDS[0]}"]
-    ranks, gaps = (planes[first + i * _PLANES : first + (i + 1) * _PLANES] for i in range(2))
+    ranks, gaps = planes[_RELATIVE].reshape(2, *own.shape)
     # Whole numbers below 2^24: float32 holds them exactly.
-    steps = planes[:_PLANES] * np.float32(GRID)
+    steps = own * np.float32(GRID)
     np.rint(steps, out=steps)
-    ranks[:] = _below(steps.astype(np.int32), compared)
+    held = np.where(compared, steps, np.float32(_NOT_COMPARED))
+    _below(held, n, out=ranks)
     ranks /= np.maximum(n - 1, 1).astype(np.float32)
-    ranks *= compared
-    highest = np.where(compared, steps, np.float32(-MAX_COMPARED * GRID)).max(axis=2, keepdims=True)
-    np.subtract(steps, highest, out=gaps)
+    np.subtract(steps, held.max(axis=2, keepdims=True), out=gaps)
     gaps *= np.float32(1 / GRID)
     gaps *= compared
 
 
-def _below(steps: npt.NDArray[np.int32], compared: Bools) -> npt.NDArray[Any]:
-    """Return for each compared value how many compared ones of its slate are below it, int [P, S, C]."""
+def _below(steps: F32, n: npt.NDArray[np.intp], out: F32) -> None:
+    """Put into ``out`` [P, S, C] how many of the ``n`` [P, S, 1] compared steps of its slate are below each; else 0."""
     width = steps.shape[2]
     # Value and place in one number: sorting those is several times as fast as an argsort, the narrow ones most so.
     bits = width.bit_length()
     whole: type[np.signedinteger[Any]] = np.int32 if _VALUE_BITS + bits < 31 else np.int64
-    keys = steps.astype(whole) << whole(bits)
-    keys[~compared] = np.iinfo(whole).max >> bits << bits
+    keys = steps.astype(whole)
+    keys <<= whole(bits)
     keys |= np.arange(width, dtype=whole)
     keys.sort(axis=2)
     places = keys & whole((1 << bits) - 1)
     keys >>= whole(bits)
-    starts = np.zeros(keys.shape, whole)
+    # What is not compared comes first, and the lowest compared one after it.
+    others = (width - n).astype(whole)
+    starts = np.empty(keys.shape, whole)
+    starts[..., :1] = others
     np.multiply(keys[..., 1:] != keys[..., :-1], np.arange(1, width, dtype=whole), out=starts[..., 1:])
     np.maximum.accumulate(starts, axis=2, out=starts)
-    below = np.empty_like(starts)
-    slates = np.arange(steps.shape[0] * steps.shape[1]).reshape(*steps.shape[:2], 1)
-    below.reshape(-1)[slates * width + places] = starts
-    return below
+    starts -= others
+    places_in_all = np.arange(0, out.size, width).reshape(*out.shape[:2], 1) + places
+    out.reshape(-1)[places_in_all] = starts
