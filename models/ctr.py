@@ -179,14 +179,17 @@ class CtrScorer:
         without a term of position: the CTR is that of an average position of its window.
         """
         a, b = self.tensors["calibration"]
-        return np.asarray(np.clip(a * logits + b, -LONGEST_LOG_ODDS, LONGEST_LOG_ODDS), np.float32)
+        odds = np.maximum(a * logits + b, np.float32(-LONGEST_LOG_ODDS))
+        return np.asarray(np.minimum(odds, np.float32(LONGEST_LOG_ODDS)), np.float32)
 
     def _attention(self, scores: F32, kinds: npt.NDArray[np.uint8], known: Bools, age: F32) -> F32:
         """Return the weights of the recents, float32 [S, C, R]; their sum is 1 less the weight of "nothing"."""
-        old = np.log1p(np.maximum(np.nan_to_num(age, posinf=0.0), 0.0) / np.float32(AGE_UNIT_SECONDS))
+        # What is not finite compares as false: any age may stand where nothing is known.
+        age = np.where(age < np.inf, np.fmax(age, np.float32(0)), np.float32(0))
+        old = np.log1p(age / np.float32(AGE_UNIT_SECONDS))
         bias = self.tensors["attention.kind"][kinds] - np.float32(self._decay) * old
-        scores = scores + np.where(known, bias, np.float32(UNKNOWN_SCORE))[:, None, :].astype(np.float32)
-        highest = np.maximum(scores.max(axis=2, initial=np.float32(self._nothing)), np.float32(self._nothing))
+        scores = scores + np.where(known, bias, np.float32(UNKNOWN_SCORE))[:, None, :]
+        highest = scores.max(axis=2, initial=np.float32(self._nothing))
         scores -= highest[:, :, None]
         np.exp(scores, out=scores)
         total = scores.sum(axis=2)
@@ -199,7 +202,7 @@ class CtrScorer:
         if self.config.activation == "relu":
             return np.maximum(z, np.float32(0), out=z)
         # Beyond ±80 the sigmoid is 0 or 1 to float32; exp there would overflow with a warning.
-        e = np.clip(z, -80.0, 80.0).astype(np.float32, copy=False)
+        e = np.clip(z, -80.0, 80.0, out=z if self.config.activation == "sigmoid" else None)
         np.negative(e, out=e)
         np.exp(e, out=e)
         e += np.float32(1)

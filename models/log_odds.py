@@ -15,7 +15,7 @@ from models.counter_events import CLICKS, IMPRESSIONS
 from models.ctr import CtrScorer
 from models.errors import ModelError
 from models.features import FeatureConfig, RawSlates, encode
-from models.ranking import F32, I32, LONG_TERM, SHORT_TERM, RankingConfig, clip_ctr
+from models.ranking import F32, I32, LONG_TERM, RankingConfig, clip_ctr
 
 PART_ITEMS: Final = 4_096
 """Items that are encoded and scored at once."""
@@ -25,6 +25,7 @@ LEAST_EXPOSURE: Final = 0.1
 """Impressions that every item has besides: where next to nothing was shown lately, all count alike."""
 UNPROVEN_ODDS: Final = 0.3
 """Odds of an item of which the model is not believed, in those of the hand-set score: others did not show it."""
+_LEAST: Final = float(np.finfo(np.float64).tiny)
 HALF_LIFE: Final = 1
 """Half-life of the counters that the hand-set score reads: RecommenderConfig's own default."""
 
@@ -50,7 +51,7 @@ def learned_log_odds(
     step = max(1, PART_ITEMS // max(1, raw.valid.shape[1]))
     for start in range(0, len(log_odds), step):
         at = slice(start, start + step)
-        part = raw.take(at)
+        part = raw if step >= len(log_odds) else raw.take(at)
         items = item_vectors[at] if item_vectors is not None else vectors.of(item_rows[at])[0]
         recents, known = vectors.of(recent_rows[at])
         known &= part.recent_codes != 0
@@ -59,9 +60,10 @@ def learned_log_odds(
         if attention is not None:
             attention[at] = weights
         log_odds[at] = np.where(part.valid, scorer.log_odds(logits), np.float32(0))
-    if not np.isfinite(log_odds).all():
+    finite = np.count_nonzero(np.isfinite(log_odds))
+    if finite < log_odds.size:
         raise ModelError(
-            f"the CTR model gave {int((~np.isfinite(log_odds)).sum())} scores that are not finite: no slate was made "
+            f"the CTR model gave {log_odds.size - finite} scores that are not finite: no slate was made "
             "of them; roll back to the previous version"
         )
     return log_odds
@@ -81,14 +83,15 @@ def trusted_log_odds(log_odds: F32, raw: RawSlates, ranking: RankingConfig, prio
     if not ranking.half_trust_exposure or not log_odds.size:
         return log_odds
     # In float64, so that neither padding nor the order of the items moves a score by as much as is told apart.
-    shown = np.where(raw.valid, np.expm1(raw.counters[:, :, SHOWN_NOW, IMPRESSIONS].astype(np.float64)), 0)
+    shown = np.where(raw.valid, np.expm1(raw.counters[:, :, SHOWN_NOW, IMPRESSIONS].astype(np.float64)), 0.0)
     total = shown.sum(axis=1, keepdims=True)
-    usual = np.square(shown).sum(axis=1, keepdims=True) / np.where(total > 0, total, 1)
+    usual = (shown * shown).sum(axis=1, keepdims=True) / np.where(total > 0, total, 1.0)
     half = ranking.half_trust_exposure * usual
-    believed = (shown + LEAST_EXPOSURE) / (shown + LEAST_EXPOSURE + half)
-    doubt = np.log(np.maximum(UNPROVEN_ODDS * (1 - believed), np.finfo(np.float64).tiny))
+    exposure = shown + LEAST_EXPOSURE
+    believed = exposure / (exposure + half)
+    doubt = np.log(np.maximum(UNPROVEN_ODDS * (1 - believed), _LEAST))
     mixed = np.logaddexp(log_odds + np.log(believed), hand_set_log_odds(raw, ranking, priors) + doubt)
-    return np.where(raw.valid, mixed, 0).astype(np.float32)
+    return np.where(raw.valid, mixed, 0.0).astype(np.float32)
 
 
 def hand_set_log_odds(raw: RawSlates, ranking: RankingConfig, priors: FeatureConfig | None = None) -> F32:
@@ -100,26 +103,30 @@ def hand_set_log_odds(raw: RawSlates, ranking: RankingConfig, priors: FeatureCon
     compared with it in AUC and in log loss.
     """
     priors = priors or FeatureConfig()
-    clicks = np.expm1(raw.counters[:, :, HALF_LIFE, CLICKS].astype(np.float32))
-    shown = np.maximum(np.expm1(raw.counters[:, :, HALF_LIFE, IMPRESSIONS].astype(np.float32)), clicks)
+    counts = raw.counters[:, :, HALF_LIFE, : CLICKS + 1].transpose(2, 0, 1).astype(np.float32, order="C")
+    np.expm1(counts, out=counts)
+    clicks = counts[CLICKS]
+    shown = np.maximum(counts[IMPRESSIONS], clicks)
     strength, prior = np.float32(priors.prior_strength), np.float32(priors.prior_ctr[HALF_LIFE])
     ctr = clip_ctr(np.asarray((clicks + strength * prior) / (shown + strength), np.float32))
     popularity = np.where(raw.valid, np.log1p(clicks), np.float32(0))
-    popularity = popularity / np.maximum(popularity.max(axis=1, keepdims=True, initial=0), np.float32(1e-9))
-    score: npt.NDArray[np.float32] = raw.sims.astype(np.float32) @ ranking.taste_weights()[[SHORT_TERM, LONG_TERM]]
+    popularity /= np.maximum(popularity.max(axis=1, keepdims=True, initial=0), np.float32(1e-9))
+    score: npt.NDArray[np.float32] = raw.sims.astype(np.float32) @ ranking.taste_weights()[: LONG_TERM + 1]
     score += np.float32(ranking.ctr_weight) * _logit(ctr)
     score += np.float32(ranking.popularity_weight) * popularity
     score -= np.float32(ranking.shown_penalty) * raw.shown_counts
-    score = np.where(raw.valid, np.nan_to_num(score, nan=0.0, posinf=1e4, neginf=-1e4), np.float32(0))
+    if np.count_nonzero(np.isfinite(score)) < score.size:
+        np.nan_to_num(score, copy=False, nan=0.0, posinf=1e4, neginf=-1e4)
+    score = np.where(raw.valid, score, np.float32(0))
     items = np.maximum(raw.valid.sum(axis=1, keepdims=True), 1).astype(np.float32)
-    level = np.asarray(np.where(raw.valid, ctr, 0).sum(axis=1, keepdims=True) / items, np.float32)
+    level = np.where(raw.valid, ctr, np.float32(0)).sum(axis=1, keepdims=True) / items
     centred = score - score.sum(axis=1, keepdims=True) / items + _logit(clip_ctr(level))
     return np.where(raw.valid, centred, np.float32(0)).astype(np.float32, copy=False)
 
 
 def probability(log_odds: F32) -> F32:
     """Return the probability that log-odds stand for, their sigmoid, same shape."""
-    bounded = np.clip(log_odds, np.float32(-80), np.float32(80))
+    bounded = np.minimum(np.maximum(log_odds, np.float32(-80)), np.float32(80))
     return np.asarray(1 / (1 + np.exp(-bounded)), np.float32)
 
 

@@ -288,7 +288,8 @@ def wish_log_odds(vectors: F32, rows: I32, tastes: F32, config: RankingConfig) -
 
 def clip_ctr(ctr: F32) -> F32:
     """Return CTR values kept inside (0, 1), float32 as given."""
-    return np.clip(ctr, np.float32(CTR_EDGE), np.float32(1 - CTR_EDGE))
+    # Two ufuncs: for a single slate np.clip takes three times as long.
+    return np.minimum(np.maximum(ctr, np.float32(CTR_EDGE)), np.float32(1 - CTR_EDGE))
 
 
 def top_k(scores: F32, rows: I32, valid: Bools, k: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
