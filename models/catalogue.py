@@ -22,6 +22,7 @@ NOT_GIVEN_MS: Final = -(2**62)
 """``published_at_ms`` of an item without one; before every real time, films of 1902 included."""
 _INITIAL_ROWS: Final = 1_024
 _INLINE_CODES: Final = 8
+"""As many as bytes in a uint64: "any of these flags" is then one comparison."""
 
 Rows = npt.NDArray[np.int32]
 Bools = npt.NDArray[np.bool_]
@@ -53,13 +54,15 @@ class TermCodes:
             self._more.pop(row, None)
 
     def has_any(self, rows: Rows, terms: Iterable[str]) -> Bools:
-        """Return which rows [n] have at least one of ``terms``, bool [n]."""
+        """Return which rows [n] have at least one of ``terms``, bool [n]; any value for one outside the arrays."""
         wanted = {code for t in terms if (code := self._codes.get(t)) is not None}
         if not wanted:
             return np.zeros(rows.shape, np.bool_)
         table = np.zeros(len(self._codes) + 1, np.bool_)
         table[list(wanted)] = True
-        found: Bools = np.asarray(table[self._inline[rows]].any(axis=-1))
+        # A reduction over an axis of eight would cost more than all the rest.
+        flags = table.take(self._inline.take(rows, axis=0, mode="clip"))
+        found: Bools = np.not_equal(flags.view(np.uint64)[..., 0], 0)
         if self._more:
             flat_rows, flat = rows.ravel(), found.reshape(-1)
             for position in np.flatnonzero(~flat).tolist():
@@ -70,8 +73,11 @@ class TermCodes:
         return found
 
     def first(self, rows: Rows) -> Rows:
-        """Return the code of the first term of each row, int32 of their shape, 0 where it has none."""
-        codes: Rows = self._inline[rows, 0]
+        """Return the code of the first term of each row, int32 of their shape, 0 where it has none.
+
+        Any value for a row outside the arrays.
+        """
+        codes: Rows = self._inline.take(rows, axis=0, mode="clip")[..., 0]
         return codes
 
 
@@ -131,11 +137,10 @@ class SpaceVectors:
 
     def of(self, rows: Rows) -> tuple[Floats, Bools]:
         """Return vectors float32 [..., D] (zero where unknown) and whether each is known, bool [...]."""
-        rows = np.asarray(rows)
-        known = (rows >= 0) & (rows < self.capacity)
-        safe = np.where(known, rows, 0)
-        known &= self.has_vector[safe]
-        found: Floats = self.vectors[safe]
+        rows = np.asarray(rows, np.int32)
+        known = _inside(rows, self.capacity)
+        known &= self.has_vector.take(rows, mode="clip")
+        found: Floats = self.vectors.take(rows, axis=0, mode="clip")
         found[~known] = 0.0
         return found, known
 
@@ -293,10 +298,11 @@ class Catalogue:
 
         Rows that are UNKNOWN or that no record has named are not. An item without a vector is servable.
         """
-        rows = np.asarray(rows)
-        inside = (rows >= 0) & (rows < self.capacity)
-        safe = np.where(inside, rows, 0)
-        allowed: Bools = inside & self.in_catalogue[safe] & ~self.hidden[safe] & (self.expires_at_ms[safe] > now_ms)
+        rows = np.asarray(rows, np.int32)
+        allowed = _inside(rows, self.capacity)
+        allowed &= self.in_catalogue.take(rows, mode="clip")
+        allowed &= ~self.hidden.take(rows, mode="clip")
+        allowed &= self.expires_at_ms.take(rows, mode="clip") > now_ms
         return allowed
 
     def servable_rows(self, now_ms: int) -> Rows:
@@ -333,35 +339,62 @@ class Catalogue:
         ``categories`` and ``tags`` ask for at least one of the named ones, spelled alike. An item that does not say
         its time or price fits no filter on it.
         """
-        rows = np.asarray(rows)
-        inside = (rows >= 0) & (rows < self.capacity)
-        safe = np.where(inside, rows, 0)
-        mask: Bools = inside
-        if filters.categories is not None:
-            mask = mask & self._categories.has_any(safe, filters.categories)
-        if filters.tags is not None:
-            mask = mask & self._tags.has_any(safe, filters.tags)
-        if filters.published_after is not None:
-            published = self.published_at_ms[safe]
-            mask = mask & (published != NOT_GIVEN_MS) & (published >= epoch_ms(filters.published_after))
-        if filters.min_price is not None:
-            mask = mask & (self.price[safe] >= filters.min_price)
-        if filters.max_price is not None:
-            mask = mask & (self.price[safe] <= filters.max_price)
+        after = filters.published_after
+        return self.matching(
+            rows,
+            filters.categories,
+            filters.tags,
+            None if after is None else epoch_ms(after),
+            filters.min_price,
+            filters.max_price,
+        )
+
+    def matching(
+        self,
+        rows: Rows,
+        categories: Iterable[str] | None,
+        tags: Iterable[str] | None,
+        published_after_ms: int | None,
+        min_price: float | None,
+        max_price: float | None,
+    ) -> Bools:
+        """Return which rows fit all that is not None, as ``filter_mask`` does."""
+        rows = np.asarray(rows, np.int32)
+        mask = _inside(rows, self.capacity)
+        if categories is not None:
+            mask &= self._categories.has_any(rows, categories)
+        if tags is not None:
+            mask &= self._tags.has_any(rows, tags)
+        if published_after_ms is not None:
+            published = self.published_at_ms.take(rows, mode="clip")
+            mask &= published >= max(published_after_ms, NOT_GIVEN_MS + 1)
+        if min_price is not None or max_price is not None:
+            price = self.price.take(rows, mode="clip")
+            if min_price is not None:
+                mask &= price >= min_price
+            if max_price is not None:
+                mask &= price <= max_price
         return mask
 
     def attribute_mask(self, rows: Rows, name: str, value: str | float | bool) -> Bools:
         """Return which rows have the attribute ``name`` with this value, bool, same shape; 1 is 1.0, not true."""
-        rows = np.asarray(rows)
-        inside = (rows >= 0) & (rows < self.capacity)
-        found: Bools = inside & self._attributes.has_any(np.where(inside, rows, 0), [_attribute(name, value)])
+        rows = np.asarray(rows, np.int32)
+        found = _inside(rows, self.capacity)
+        found &= self._attributes.has_any(rows, [_attribute(name, value)])
         return found
 
     def category_codes(self, rows: Rows) -> Rows:
         """Return a number for the first category of each row, int32, same shape; 0 where there is none."""
-        rows = np.asarray(rows)
-        inside = (rows >= 0) & (rows < self.capacity)
-        return np.where(inside, self._categories.first(np.where(inside, rows, 0)), 0).astype(np.int32)
+        rows = np.asarray(rows, np.int32)
+        codes: Rows = self._categories.first(rows) * _inside(rows, self.capacity)
+        return codes
+
+
+def _inside(rows: Rows, capacity: int) -> Bools:
+    """Return which rows lie in arrays of ``capacity`` rows, bool of their shape."""
+    # Without a sign, a negative row is greater than any capacity: one comparison for both ends.
+    inside: Bools = rows.view(np.uint32) < capacity
+    return inside
 
 
 def _attribute(name: str, value: str | float | bool) -> str:

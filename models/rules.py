@@ -35,26 +35,30 @@ class ItemMatch(BaseModel):
     @property
     def is_empty(self) -> bool:
         """Whether nothing is asked for: every item matches."""
-        filters = (self.categories, self.tags, self.min_price, self.max_price, self.max_age_seconds)
-        return not self.attributes and all(value is None for value in filters)
+        if self.categories is not None or self.tags is not None or self.max_age_seconds is not None:
+            return False
+        return self.min_price is None and self.max_price is None and not self.attributes
 
     def filters(self, now_ms: int) -> Filters:
         """Return the condition, attributes apart, as the filters of a request made at ``now_ms``."""
-        oldest_ms = None if self.max_age_seconds is None else now_ms - round(self.max_age_seconds * 1000)
         return Filters(
             categories=None if self.categories is None else list(self.categories),
             tags=None if self.tags is None else list(self.tags),
-            published_after=oldest_ms,
+            published_after=self._oldest_ms(now_ms),
             min_price=self.min_price,
             max_price=self.max_price,
         )
 
     def mask(self, catalogue: Catalogue, rows: I32, now_ms: int) -> Bools:
         """Return which rows match at ``now_ms``, bool of their shape."""
-        found = catalogue.filter_mask(rows, self.filters(now_ms))
+        oldest_ms = self._oldest_ms(now_ms)
+        found = catalogue.matching(rows, self.categories, self.tags, oldest_ms, self.min_price, self.max_price)
         for name, value in self.attributes.items():
-            found = found & catalogue.attribute_mask(rows, name, value)
+            found &= catalogue.attribute_mask(rows, name, value)
         return found
+
+    def _oldest_ms(self, now_ms: int) -> int | None:
+        return None if self.max_age_seconds is None else now_ms - round(self.max_age_seconds * 1000)
 
     def fits(self, item: Item, now_ms: int) -> bool:
         """Tell whether one item matches, by its record alone: the fallback's own check."""
@@ -116,14 +120,14 @@ class RulesConfig(BaseModel):
         for match in self.blocked.values():
             refused |= match.mask(catalogue, rows, now_ms)
         if self.blocked_items:
-            refused |= among(rows, catalogue.index.rows(list(self.blocked_items)))
+            refused |= among(rows, catalogue.index.rows(self.blocked_items))
         return refused
 
     def boost(self, catalogue: Catalogue, rows: I32, now_ms: int) -> F32:
         """Return what is added to the score of each row, float32 of their shape."""
         added = np.zeros(rows.shape, np.float32)
         for rule in self.boosts.values():
-            added += np.where(rule.mask(catalogue, rows, now_ms), np.float32(rule.boost), np.float32(0))
+            added += rule.mask(catalogue, rows, now_ms) * np.float32(rule.boost)
         return added
 
     def allows(self, item: Item, now_ms: int) -> bool:
