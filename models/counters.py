@@ -36,6 +36,7 @@ from models.errors import FencedError
 from models.hashing import hash64
 from models.item_index import UNKNOWN, ItemIndex
 from models.partition_counters import (
+    MAX_EXPONENT,
     NEVER_MS,
     WIDTH,
     Absolute,
@@ -277,17 +278,7 @@ class ItemCounters:
     def read_at(self, rows: npt.NDArray[np.integer], times_ms: Int64) -> Float32:
         """Return the decayed counts of rows [S, …] as ``read`` does, each slate at its own time int64 [S]."""
         safe = self._safe(rows)
-        times_ms = times_ms.reshape(-1, *[1] * (safe.ndim - 1))
-        exponents = ((self._landmark.time_ms or 0) - times_ms[..., None]) / self._landmark.half_lives_ms
-        decay = np.repeat(np.exp2(np.clip(exponents, -1_000.0, 1_000.0)), KINDS, axis=-1)
-        sums = self._sums[safe]
-        out = np.empty(sums.shape, np.float32)
-        # What overflows lies far after its time and is put right below.
-        with np.errstate(over="ignore"):
-            np.multiply(sums, decay, out=out, casting="same_kind")
-        ahead = self._ref_ms[safe] > times_ms
-        if ahead.any():
-            out[ahead] = sums[ahead] / np.repeat(self._landmark.factors(self._ref_ms[safe[ahead]]), KINDS, axis=1)
+        out = self._values(safe, times_ms.reshape(-1, *[1] * (safe.ndim - 1)), 0, WIDTH)
         return out.reshape(*safe.shape, HALF_LIVES, KINDS)
 
     def last_offsets(self, partition: int, rows: npt.NDArray[np.integer]) -> Int64:
@@ -322,8 +313,7 @@ class ItemCounters:
         clicks = values[..., CLICKS]
         impressions = np.maximum(values[..., IMPRESSIONS], clicks)
         ctr = (clicks + np.float32(strength * mean)) / (impressions + np.float32(strength))
-        bounded: Float32 = np.clip(ctr, 1e-7, 1 - 1e-6).astype(np.float32)
-        return bounded
+        return np.minimum(np.maximum(ctr, np.float32(1e-7)), np.float32(1 - 1e-6))
 
     def grand_total(self, kind: int, half_life_index: int, now_ms: int) -> float:
         """Return the decayed count of a kind over all items at ``now_ms``."""
@@ -358,10 +348,11 @@ class ItemCounters:
             counters = self._partitions[partition] = PartitionCounters(self.config, self._landmark)
         return counters
 
-    def _decay(self, now_ms: int) -> Float64:
-        """Return what a value at the landmark is at ``now_ms``, [4] float64."""
-        exponents = ((self._landmark.time_ms or 0) - now_ms) / self._landmark.half_lives_ms
-        return np.asarray(np.exp2(np.clip(exponents, -1_000.0, 1_000.0)))
+    def _decay(self, times_ms: int | Int64) -> Float64:
+        """Return what a value at the landmark is at each time, float64 [..., 4]."""
+        elapsed_ms = (self._landmark.time_ms or 0) - np.asarray(times_ms)[..., None]
+        exponents = elapsed_ms / self._landmark.half_lives_ms
+        return np.exp2(np.minimum(np.maximum(exponents, -MAX_EXPONENT), MAX_EXPONENT))
 
     def _mean_ctr(self, column: int, now_ms: int) -> float:
         decay = float(self._decay(now_ms)[column // KINDS])
@@ -370,18 +361,21 @@ class ItemCounters:
         strength = self.config.prior_strength
         return (clicks + strength * self.config.prior_ctr) / (impressions + strength)
 
-    def _values(self, safe: npt.NDArray[np.intp], now_ms: int, begin: int, end: int) -> Float32:
-        """Return columns begin … end - 1 of the decayed counts at ``now_ms``, float32 [..., end - begin]."""
-        decay = np.repeat(self._decay(now_ms), KINDS)[begin:end]
-        sums = self._sums[safe] if end - begin == WIDTH else self._sums[safe[..., None], np.arange(begin, end)]
+    def _values(self, safe: npt.NDArray[np.intp], times_ms: int | Int64, begin: int, end: int) -> Float32:
+        """Return columns begin … end - 1 of the decayed counts, float32 [..., end - begin].
+
+        ``times_ms``: one time, or as many as broadcast to the shape of ``safe``.
+        """
+        decay = self._decay(times_ms).repeat(KINDS, axis=-1)[..., begin:end]
+        sums = self._sums[:, begin:end][safe]
         out = np.empty(sums.shape, np.float32)
-        # What overflows lies far after ``now_ms`` and is put right below.
+        # What overflows lies far after its time and is put right below.
         with np.errstate(over="ignore"):
             np.multiply(sums, decay, out=out, casting="same_kind")
-        ahead = self._ref_ms[safe] > now_ms
-        if ahead.any():
+        ahead = self._ref_ms[safe] > times_ms
+        if np.count_nonzero(ahead):
             factors = self._landmark.factors(self._ref_ms[safe[ahead]])
-            out[ahead] = sums[ahead] / np.repeat(factors, KINDS, axis=1)[:, begin:end]
+            out[ahead] = sums[ahead] / factors.repeat(KINDS, axis=1)[:, begin:end]
         return out
 
     def _safe(self, rows: npt.NDArray[np.integer]) -> npt.NDArray[np.intp]:

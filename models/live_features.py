@@ -144,9 +144,12 @@ def own_tastes(rows: UserRows, time_ms: Int64, users: TimedReader, ranking: Rank
     Zero where there is none, or too little evidence of it.
     """
     short, long, has = users.user_vectors(rows, time_ms)
-    tastes: F32 = np.stack([scale_tastes(short, ranking.full_norm), scale_tastes(long, ranking.full_norm)], axis=1)
-    norms = np.linalg.norm(tastes, axis=2)
-    usable = has[:, None] & np.isfinite(tastes).all(axis=2) & (norms >= ranking.least_evidence)
+    tastes = np.empty((len(short), 2, short.shape[1]), np.float32)
+    tastes[:, 0], tastes[:, 1] = short, long
+    tastes = scale_tastes(tastes, ranking.full_norm)
+    norms = np.sqrt((tastes * tastes).sum(axis=2))
+    # The norm of what is not finite is not finite either.
+    usable = has[:, None] & np.isfinite(norms) & (norms >= ranking.least_evidence)
     tastes[~usable] = 0.0
     return tastes
 
@@ -155,9 +158,10 @@ def _fill_recent(raw: RawSlates, rows: UserRows, users: TimedReader) -> None:
     hashes, codes, times_ms = users.recent(rows)
     held = hashes != 0
     raw.recent_items = hashes
-    raw.recent_codes = np.where(held, codes, 0).astype(np.uint8)
+    raw.recent_codes = codes * held
     ages_ms = np.maximum(raw.time_ms[:, None] - times_ms, 0)
-    raw.recent_age_seconds = np.where(held, ages_ms / 1000.0, 0.0).astype(np.float32)
+    ages_ms *= held
+    raw.recent_age_seconds = (ages_ms / 1000.0).astype(np.float32)
 
 
 def _fill_acted(raw: RawSlates, item_rows: I32, items: UInt64 | None, catalogue: Catalogue, past: Past | None) -> None:
@@ -174,14 +178,14 @@ def _fill_acted(raw: RawSlates, item_rows: I32, items: UInt64 | None, catalogue:
         same = (items[:, None, :] == hashes[:, ::-1, None]) & raw.valid[:, None, :]
     # Of several entries the last one is written: the newest.
     slates, entries, places = _where(same)
-    raw.acted_age_seconds[slates, places] = raw.recent_age_seconds[:, ::-1][slates, entries]
+    raw.acted_age_seconds[slates, places] = raw.recent_age_seconds[:, ::-1].reshape(-1)[entries]
 
 
 def _ages(item_rows: I32, time_ms: Int64, catalogue: Catalogue) -> F32:
-    inside = (item_rows >= 0) & (item_rows < catalogue.capacity)
-    published_ms = np.where(inside, catalogue.published_at_ms[np.where(inside, item_rows, 0)], NOT_GIVEN_MS)
-    ages = np.where(published_ms == NOT_GIVEN_MS, np.nan, (time_ms[:, None] - published_ms) / 1000.0)
-    return np.asarray(ages, np.float32)
+    given = (item_rows >= 0) & (item_rows < catalogue.capacity)
+    published_ms = catalogue.published_at_ms[item_rows * given]
+    given &= published_ms != NOT_GIVEN_MS
+    return np.where(given, (time_ms[:, None] - published_ms) / 1000.0, np.nan).astype(np.float32)
 
 
 def _rows_of(hashes: UInt64, catalogue: Catalogue) -> I32:
@@ -199,12 +203,11 @@ def _fill_shown(
         shown[shown < 0] = NO_ROW
     ages = (np.maximum(raw.time_ms[:, None] - shown_ms, 0) / 1000.0).astype(np.float32)
     slates, entries, places = _where(item_rows[:, None, :] == shown[:, :, None])
-    raw.shown_counts[slates, places] = counts[slates, entries]
-    raw.shown_age_seconds[slates, places] = ages[slates, entries]
+    raw.shown_counts[slates, places] = counts.reshape(-1)[entries]
+    raw.shown_age_seconds[slates, places] = ages.reshape(-1)[entries]
 
 
 def _where(same: Bools) -> tuple[Int64, Int64, Int64]:
-    """Return the places of what is true in [S, n, C], in their order; np.nonzero takes many times as long for it."""
-    slates, rest = np.divmod(np.flatnonzero(same), same.shape[1] * same.shape[2])
-    entries, places = np.divmod(rest, same.shape[2])
-    return slates, entries, places
+    """Return where [S, n, C] is true, in this order: S, which of all S · n, C; np.nonzero takes many times as long."""
+    entries, places = np.divmod(same.reshape(-1).nonzero()[0], same.shape[2])
+    return entries // same.shape[1], entries, places

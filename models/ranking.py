@@ -40,6 +40,16 @@ UNWANTED_ACTIONS: Final = tuple(ACTIONS.index(name) + 1 for name in ("hide", "di
 """Codes, as rows keep them, of actions after which an item is left out as long as the row remembers it."""
 
 
+def _refused_codes() -> Bools:
+    """Return which codes of an action say that the user does not want the item, bool [256]."""
+    codes = np.arange(256)
+    refused: Bools = ((codes & NEGATIVE) != 0) | np.isin(codes & ACTION_MASK, UNWANTED_ACTIONS)
+    return refused
+
+
+_REFUSED: Final = _refused_codes()
+
+
 class RankingConfig(BaseModel):
     """Weights of the score, and what a user's own recent past rules out."""
 
@@ -204,10 +214,7 @@ def past_of(reader: UserReader, states: UserRows, index: ItemIndex, now_ms: int,
 
 def is_refused(codes: npt.NDArray[np.uint8]) -> Bools:
     """Tell which recent actions say that the user does not want the item: hide, dislike, a low rating."""
-    refused: Bools = (codes & NEGATIVE) != 0
-    for action in UNWANTED_ACTIONS:
-        refused |= (codes & ACTION_MASK) == action
-    return refused
+    return _REFUSED[codes]
 
 
 def unit(vector: F32) -> F32:
@@ -221,7 +228,7 @@ def scale_tastes(vectors: F32, full_norm: float) -> F32:
 
     A user vector's norm is its evidence: it grows with each click and decays with time.
     """
-    norms = np.linalg.norm(vectors, axis=-1, keepdims=True)
+    norms = np.sqrt((vectors * vectors).sum(axis=-1, keepdims=True))
     scaled: F32 = (vectors / np.maximum(norms, full_norm)).astype(np.float32, copy=False)
     return scaled
 
@@ -234,9 +241,8 @@ def similarity(item_vectors: F32, tastes: F32) -> F32:
 
 def is_in(rows: I32, sets: I32) -> Bools:
     """Tell for each row [B, C] whether it is in the set of its request [B, X]; bool [B, C]."""
-    found = np.zeros(rows.shape, np.bool_)
-    for column in range(sets.shape[1]):
-        found |= rows == sets[:, column : column + 1]
+    # All at once: a sixth of the time of a pass for each X where there is one request, as much for sixty of them.
+    found: Bools = (sets[:, :, None] == rows[:, None, :]).any(axis=1)
     return found
 
 
@@ -252,10 +258,7 @@ def among(rows: I32, few: I32) -> Bools:
 
 def counts_of(rows: I32, sets: I32, counts: F32) -> F32:
     """Return for each row [B, C] the sum of ``counts`` [B, X] where ``sets`` [B, X] holds it; float32 [B, C]."""
-    found = np.zeros(rows.shape, np.float32)
-    for column in range(sets.shape[1]):
-        edge = slice(column, column + 1)
-        found += (rows == sets[:, edge]) * counts[:, edge]
+    found: F32 = ((sets[:, :, None] == rows[:, None, :]) * counts[:, :, None]).sum(axis=1)
     return found
 
 

@@ -484,12 +484,13 @@ def user_vectors(
     factor = np.exp2(-elapsed_seconds[:, None] / half_lives(config)).astype(np.float32)
     h_RTD = read_vectors(rows) * factor[..., None]
     if vectors is not None and space_id is not None:
-        foreign = np.flatnonzero((rows["space_id"] != np.uint64(space_id)) & (rows["space_id"] != 0))
+        held = rows["space_id"]
+        foreign = ((held != np.uint64(space_id)) & (held != 0)).nonzero()[0]
         if len(foreign):
             until_ms = np.broadcast_to(np.asarray(now_ms, np.int64), len(rows))[foreign]
             context = Context.of(config, vectors, 0, space_id, 0, (), carry)
             h_RTD[foreign], _ = vectors_anew(rows_at(rows, foreign), until_ms, context)
-    has = (h_RTD != 0).any(axis=(1, 2))
+    has = h_RTD.any(axis=(1, 2))
     return np.ascontiguousarray(h_RTD[:, 0]), np.ascontiguousarray(h_RTD[:, 1]), has
 
 
