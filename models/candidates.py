@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import accumulate, compress
 from typing import Final, Protocol
 
 import numpy as np
@@ -47,7 +48,10 @@ TREND: Final = FRESH + 1
 TREND_OF_CATEGORY: Final = TREND + 1
 CO_CLICK: Final = TREND_OF_CATEGORY + 1
 POPULAR_CONTEXT: Final = CO_CLICK + 1
-MAX_COLUMNS: Final = 1 << 16
+_COLUMN_BITS: Final = 16
+MAX_COLUMNS: Final = 1 << _COLUMN_BITS
+_LAST: Final = np.iinfo(np.int64).max
+"""Behind every key of a row and a column; its lower half is the -1 of padding."""
 ALIKE: Final = 0.95
 """Cosine from which the short-term and the long-term vector count as one."""
 NEWEST_STRENGTH: Final = 0.1
@@ -102,7 +106,7 @@ class Refusal:
     def each(self, *parts: I32) -> list[Bools]:
         """Return which rows of each part [B, n] are refused, bool [B, n]: one look costs a slate less than several."""
         refused = self(np.concatenate(parts, axis=1))
-        ends = np.cumsum([part.shape[1] for part in parts]).tolist()
+        ends = accumulate(part.shape[1] for part in parts)
         return [refused[:, end - part.shape[1] : end] for end, part in zip(ends, parts, strict=True)]
 
     def one(self, rows: I32, b: int) -> Bools:
@@ -243,9 +247,15 @@ def search_tastes(index: VectorIndex, tastes: F32, active: Bools, per_taste: int
 
 def alike(a: F32, b: F32) -> Bools:
     """Tell which pairs of vectors [n, D] have a cosine of at least ALIKE, bool [n]; never with a zero vector."""
-    lengths = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
-    same: Bools = (np.einsum("nd,nd->n", a, b) >= ALIKE * lengths) & (lengths > 0)
+    both = lengths(a) * lengths(b)
+    same: Bools = (np.einsum("nd,nd->n", a, b) >= ALIKE * both) & (both > 0)
     return same
+
+
+def lengths(vectors: F32) -> F32:
+    """Return the norms of vectors [..., D], float32 [...]: as ``np.linalg.norm`` does, without its preliminaries."""
+    norms: F32 = np.sqrt(np.add.reduce(vectors * vectors, axis=-1))
+    return norms
 
 
 class Quotas(BaseModel):
@@ -301,7 +311,7 @@ def listed(lists: Lists, quotas: Quotas, catalogue: Catalogue, liked: I32, width
         if code == TREND_OF_CATEGORY:
             rows = lists.of_likes(catalogue.category_codes(liked))
         else:
-            rows = np.repeat((lists.trending if code == TREND else lists.newest)[None], len(liked), axis=0)
+            rows = (lists.trending if code == TREND else lists.newest)[None].repeat(len(liked), axis=0)
         found.append((code, rows[:, : math.ceil(width * min(1.0, turns))], turns))
     return found
 
@@ -343,17 +353,17 @@ def take_turns(
     item. A request without an active taste gets popular items and others alone. ``popular``: [p] for all, or [B, p].
     """
     quotas = quotas or Quotas()
-    batch, tastes, per_taste = found.shape
-    used = [v for v in range(tastes) if active[:, v].any()]
+    batch, _, per_taste = found.shape
+    used = np.flatnonzero(active.any(axis=0)).tolist()
     popular = popular[..., :width]
     parts = [found[:, v] for v in used]
     each = [(v, per_taste, quotas.vectors, 0.0) for v in used]
-    parts.append(np.broadcast_to(popular, (batch, popular.shape[-1])))
+    parts.append(popular if popular.ndim == 2 else popular[None].repeat(batch, axis=0))
     each.append((POPULAR, popular.shape[-1], quotas.popular, 0.5))
     parts += [rows for _, rows, _ in others]
     each += [(code, rows.shape[1], turns, 0.75) for code, rows, turns in others]
     order, sources = _order_of_turns(tuple(each))
-    return Turns(np.concatenate(parts, axis=1)[:, order], sources)
+    return Turns(np.concatenate(parts, axis=1).take(order, axis=1), sources)
 
 
 @lru_cache(maxsize=64)
@@ -375,21 +385,26 @@ def pin(pool: Pool, pinned: I32, refused: Bools, source: int = PINNED) -> None:
     """
     width = pool.rows.shape[1]
     wanted = ~refused
-    wanted &= np.cumsum(wanted, axis=1) <= width
+    if wanted.shape[1] > width:
+        wanted &= wanted.cumsum(axis=1) <= width
     if not wanted.any():
         return
-    same = (pool.rows[:, None, :] == pinned[:, :, None]) & wanted[:, :, None]
+    same = pool.rows[:, None, :] == pinned[:, :, None]
+    same &= wanted[:, :, None]
     taken = same.any(axis=1)
     missing = wanted & ~same.any(axis=2)
-    every, column = np.arange(len(pinned)), np.arange(width)
-    for p in np.flatnonzero(missing.any(axis=0)).tolist():
+    if missing.any():
+        every, column = np.arange(len(pinned)), np.arange(width)
         # Free places first, from the front; then those of the last candidates.
         worth = np.where(pool.rows < 0, 2 * width - column, column)
         worth[taken] = -1
-        best = worth.argmax(axis=1)
-        at = np.flatnonzero(missing[:, p] & (worth[every, best] >= 0))
-        pool.rows[at, best[at]] = pinned[at, p]
-        taken[at, best[at]] = True
+        for p in np.flatnonzero(missing.any(axis=0)).tolist():
+            best = worth.argmax(axis=1)
+            at = np.flatnonzero(missing[:, p] & (worth[every, best] >= 0))
+            place = at, best[at]
+            pool.rows[place] = pinned[at, p]
+            worth[place] = -1
+            taken[place] = True
     pool.sources[taken] = source
 
 
@@ -399,30 +414,18 @@ def places_of(rows: I32, wanted: I32) -> tuple[npt.NDArray[np.int64], Bools]:
     return same.argmax(axis=2), same.any(axis=2) & (wanted >= 0)
 
 
-def without(
-    columns: npt.NDArray[np.int64], counts: npt.NDArray[np.int64], taken: npt.NDArray[np.int64], there: Bools
-) -> Bools:
-    """Tell which of the first ``counts`` [B] columns [B, K] are none of ``taken`` [B, P] where ``there`` [B, P]."""
-    among = (columns[:, :, None] == np.where(there, taken, -1)[:, None, :]).any(axis=2)
-    kept: Bools = (np.arange(columns.shape[1]) < counts[:, None]) & ~among
-    return kept
-
-
-def packed(values: npt.NDArray[np.int64], kept: Bools) -> npt.NDArray[np.int64]:
-    """Return the kept values [B, K] in their order at the front, the others behind them."""
-    return values[np.arange(len(values))[:, None], np.argsort(~kept, axis=1, kind="stable")]
-
-
 def pinned_first(columns: npt.NDArray[np.int64], counts: npt.NDArray[np.int64], rows: I32, pinned: I32) -> None:
     """Move, in place, the pinned rows [B, P] of each pool, ``rows`` [B, C], to the front of its columns [B, K].
 
     In their order. ``counts`` [B]: how many columns count; as many do afterwards.
     """
     at, there = places_of(rows, pinned)
-    kept = np.concatenate([there, without(columns, counts, at, there)], axis=1)
-    front = packed(np.concatenate([at, columns], axis=1), kept)[:, : columns.shape[1]]
-    counted = np.arange(columns.shape[1]) < counts[:, None]
-    columns[counted] = front[counted]
+    for b, (places, found) in enumerate(zip(at.tolist(), there.tolist(), strict=True)):
+        front = list(compress(places, found))
+        if front:
+            n = int(counts[b])
+            front += [column for column in columns[b, :n].tolist() if column not in front]
+            columns[b, :n] = front[:n]
 
 
 def first_of_each(turns: Turns, refused: Bools, width: int) -> Pool:
@@ -431,25 +434,20 @@ def first_of_each(turns: Turns, refused: Bools, width: int) -> Pool:
     So an item that several sources found is of the one whose turn came first. Two sorts of packed (row, column) keys:
     NumPy sorts plain integers many times faster than it argsorts.
     """
-    rows, sources = turns.rows.astype(np.int64), turns.sources
+    rows = turns.rows
     gone = (rows < 0) | refused
     batch, columns = rows.shape
-    if not columns:
-        return Pool(np.full((batch, width), -1, np.int32), np.zeros((batch, width), np.int8))
-    last = np.iinfo(np.int64).max
-    keys = rows * MAX_COLUMNS + np.arange(columns)
-    keys[gone] = last
+    keys = (rows.astype(np.int64) << _COLUMN_BITS) | np.arange(columns)
+    keys[gone] = _LAST
     keys.sort(axis=1)
-    row = keys // MAX_COLUMNS
-    column = keys % MAX_COLUMNS
-    again = np.zeros(keys.shape, np.bool_)
-    again[:, 1:] = row[:, 1:] == row[:, :-1]
-    packed = (column << 32) | row
-    packed[again | (keys == last)] = last
+    row = keys >> _COLUMN_BITS
+    out = keys == _LAST
+    out[:, 1:] |= row[:, 1:] == row[:, :-1]
+    packed = np.full((batch, max(columns, width)), _LAST)
+    packed[:, :columns] = ((keys & (MAX_COLUMNS - 1)) << 32) | row
+    packed[:, :columns][out] = _LAST
     packed.sort(axis=1)
     packed = packed[:, :width]
-    kept = packed != last
-    pool = Pool(np.full((batch, width), -1, np.int32), np.zeros((batch, width), np.int8))
-    pool.rows[:, : packed.shape[1]] = np.where(kept, packed & 0xFFFFFFFF, -1)
-    pool.sources[:, : packed.shape[1]] = sources[np.where(kept, packed >> 32, 0)]
-    return pool
+    if not columns:
+        return Pool(packed.astype(np.int32), np.zeros(packed.shape, np.int8))
+    return Pool(packed.astype(np.int32), turns.sources.take(packed >> 32, mode="clip"))

@@ -46,6 +46,7 @@ SPARE: Final = 1.125
 """Arrays grow to this many times what is needed."""
 LABELLED: Final = POSITIVE | NEGATIVE
 """Bits of an action code that say what the action means; the code of an action without stays as it was."""
+_LAST: Final = np.iinfo(np.int64).max
 _REACH: Final = 40
 """Half-lives after which the landmark moves; a float32 overflows at 127."""
 
@@ -106,7 +107,7 @@ class CoClicks:
     def __init__(self, config: CoClicksConfig, index: ItemIndex) -> None:
         self.config = config
         self._index = index
-        self._fading = config.fading ** np.arange(config.last_items)
+        self._fading = config.fading ** np.arange(max(config.last_items, RECENT))
         self._followers: I32 = np.zeros((0, config.neighbours), np.int32)
         self._weights: F32 = np.zeros((0, config.neighbours), np.float32)
         self._errors: F32 = np.zeros((0, config.neighbours), np.float32)
@@ -198,23 +199,28 @@ class CoClicks:
     def candidates(self, liked: I32, now_ms: int, most: int) -> I32:
         """Return what follows the liked items of each request, strongest first, int32 [B, ≤ most], padded with -1.
 
-        ``liked`` int32 [B, R], newest first, -1 for none. Strength: Σ fading^n · w(a → b) / √N(a) / N(b)^α over the
-        n-th liked items a, with N the decayed actions on an item and the prior; at α = 0.5 the cosine of Sarwar et al.
-        (Item-based collaborative filtering, WWW 2001, section 3.1.1) and Linden, Smith and York (Amazon.com
-        recommendations, IEEE Internet Computing 2003), so that what everybody acts on is no one's neighbour. A request
-        gets the same alone and in any batch.
+        ``liked`` int32 [B, R ≤ RECENT], newest first, -1 for none. Strength: Σ fading^n · w(a → b) / √N(a) / N(b)^α
+        over the n-th liked items a, with N the decayed actions on an item and the prior; at α = 0.5 the cosine of
+        Sarwar et al. (Item-based collaborative filtering, WWW 2001, section 3.1.1) and Linden, Smith and York
+        (Amazon.com recommendations, IEEE Internet Computing 2003), so that what everybody acts on is no one's
+        neighbour. A request gets the same alone and in any batch.
         """
         size, config, decay = len(self._followers), self.config, self._decay(now_ms)
         liked = at_columns(liked, _front(liked >= 0))
         known = (liked >= 0) & (liked < size)
         if not known.any() or most <= 0:
             return np.full((len(liked), 0), -1, np.int32)
+        # Those that are known stand at the front, as a rule far fewer than a row remembers.
+        liked = liked[:, : int(np.flatnonzero(known.any(axis=0))[-1]) + 1]
+        known = known[:, : liked.shape[1]]
         safe = np.where(known, liked, 0)
-        own = np.where(known, config.fading ** np.arange(liked.shape[1]), 0.0)
-        own *= decay / np.sqrt(self._actions[safe] * decay + config.prior)
-        found = self._followers[safe]
-        actions = self._actions[found] * decay + config.prior
-        strength: F64 = (self._weights[safe] - self._errors[safe]).astype(np.float64) * own[:, :, None]
+        own = known * self._fading[: liked.shape[1]]
+        own *= decay / np.sqrt(self._actions.take(safe) * decay + config.prior)
+        found = self._followers.take(safe, axis=0)
+        actions = self._actions.take(found) * decay + config.prior
+        weights = self._weights.take(safe, axis=0)
+        weights -= self._errors.take(safe, axis=0)
+        strength: F64 = weights.astype(np.float64) * own[:, :, None]
         strength /= np.sqrt(actions) if config.popularity_exponent == 0.5 else actions**config.popularity_exponent
         columns = found.shape[1] * found.shape[2]
         return _strongest(found.reshape(-1, columns), strength.reshape(-1, columns), most)
@@ -244,7 +250,7 @@ class CoClicks:
     def _decay(self, now_ms: int) -> float:
         """Return what a weight at the landmark is at ``now_ms``."""
         exponent = (self._landmark or 0) - now_ms / (self.config.half_life_seconds * 1_000.0)
-        return float(np.exp2(np.clip(exponent, -1_000.0, 1_000.0)))
+        return float(np.exp2(min(max(exponent, -1_000.0), 1_000.0)))
 
     def _reach(self, half_lives: int) -> None:
         """Move the landmark where weights of that time would come near to the largest float."""
@@ -287,24 +293,27 @@ def _strongest(found: I32, strength: F64, most: int) -> I32:
 
     Plain sorts of packed integers, each request by itself: as fast as NumPy sorts, and the same in any batch.
     """
-    last = np.iinfo(np.int64).max
-    keys = (found.astype(np.int64) << 16) | np.arange(found.shape[1])
-    keys[strength <= 0] = last
+    # What does not follow stands behind all that does, as one row whose sum is not above 0.
+    rows = np.where(strength > 0, found.astype(np.int64), 0x7FFFFFFF)
+    keys = (rows << 16) | np.arange(found.shape[1])
     keys.sort(axis=1)
-    row, used = keys >> 16, keys != last
-    own = np.where(used, at_columns(strength, np.where(used, keys & 0xFFFF, 0)), 0.0)
-    sums = np.cumsum(own, axis=1)
+    row = keys >> 16
+    own = at_columns(strength, keys & 0xFFFF)
+    sums = own.cumsum(axis=1)
     begins, ends = np.ones((2, *row.shape), np.bool_)
-    begins[:, 1:] = row[:, 1:] != row[:, :-1]
+    np.not_equal(row[:, 1:], row[:, :-1], out=begins[:, 1:])
     ends[:, :-1] = begins[:, 1:]
-    # Sums never fall, so that what was summed before a row began is the greatest of such so far.
-    total = (sums - np.maximum.accumulate(np.where(begins, sums - own, 0.0), axis=1)).astype(np.float32)
+    # Sums never fall before that row, so that what was summed before a row began is the greatest of such so far.
+    before = np.where(begins, sums - own, 0.0)
+    total = (sums - np.maximum.accumulate(before, axis=1, out=before)).astype(np.float32)
     # The bits of positive floats are in the order of the floats.
     keys = (np.int64(0x7FFFFFFF) - total.view(np.int32)) << 32 | row
-    keys[~(ends & used & (total > 0))] = last
+    ends &= total > 0
+    keys[~ends] = _LAST
     keys.sort(axis=1)
-    keys = keys[:, : min(most, int((keys != last).sum(axis=1).max()))]
-    return np.where(keys != last, keys & 0xFFFFFFFF, -1).astype(np.int32)
+    most = min(most, int(ends.sum(axis=1).max()))
+    # The lower half of the last key is -1.
+    return keys[:, :most].astype(np.int32)
 
 
 def _front(kept: npt.NDArray[np.bool_]) -> npt.NDArray[np.intp]:

@@ -5,15 +5,17 @@ Legend of shapes: P = items of the pool, N = draws, B = requests, J = slots.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import compress
 from typing import Final, Self
 
 import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from models.candidates import packed, places_of, without
+from models.candidates import places_of
 from models.catalogue import Catalogue
 from models.counter_events import CLICKS, IMPRESSIONS
 from models.counters import ItemCounters
@@ -24,7 +26,7 @@ from models.ranking import F32, I32, Bools
 
 NOT_DRAWN: Final = -1
 _KEPT_BYTES: Final = 4 << 20
-"""Bytes of tables that a pool keeps, 2 KB each with two slots; beyond, it begins anew."""
+"""Bytes of tables that a pool keeps, 2.5 KB each with two slots; beyond, it begins anew."""
 
 
 class FreshSlots(BaseModel):
@@ -54,6 +56,18 @@ class FreshSlots(BaseModel):
 
 
 @dataclass(frozen=True, slots=True)
+class Table:
+    """What the draws put into slots where the same may be shown: ``drawn`` int16 [N, ≤ J], places in the pool.
+
+    ``chances`` float32 [≤ J, P]: the share of draws in which an item stands in a slot; ``ids``: of what may be drawn.
+    """
+
+    drawn: npt.NDArray[np.int16]
+    chances: F32
+    ids: list[str]
+
+
+@dataclass(frozen=True, slots=True)
 class FreshPool:
     """New items at one moment, and how ``draws`` draws of their click rates order them.
 
@@ -63,7 +77,7 @@ class FreshPool:
     rows: I32
     ids: list[str]
     orders: npt.NDArray[np.int16]
-    _tables: dict[tuple[bytes, int], npt.NDArray[np.int16]] = field(default_factory=dict)
+    _tables: dict[tuple[bytes, int], Table] = field(default_factory=dict)
     """By what is allowed and the number of slots: most users may be shown the whole pool."""
 
     @classmethod
@@ -108,43 +122,42 @@ class FreshPool:
         """Return a pool without items."""
         return cls(np.zeros(0, np.int32), [], np.zeros((0, 0), np.int16))
 
-    def tables(self, allowed: Bools, slots: int) -> npt.NDArray[np.int16]:
-        """Return what each of the N draws puts into the first ``slots`` slots, int16 [N, ≤ J]: places in ``rows``.
+    def table(self, allowed: Bools, slots: int) -> Table:
+        """Return what each of the N draws puts into the first ``slots`` slots.
 
         ``allowed`` bool [P]: what may be shown. The j-th slot gets the allowed item with the j-th greatest rate.
         """
         key = allowed.tobytes(), slots
-        drawn = self._tables.get(key)
-        if drawn is None:
-            if len(self._tables) * self.orders.itemsize * len(self.orders) * max(slots, 1) >= _KEPT_BYTES:
+        table = self._tables.get(key)
+        if table is None:
+            each = slots * (self.orders.itemsize * len(self.orders) + 4 * len(self.rows)) + 8 * len(self.rows)
+            if len(self._tables) * each >= _KEPT_BYTES:
                 self._tables.clear()
-            drawn = self._tables[key] = self._drawn(allowed, slots)
-        return drawn
+            table = self._tables[key] = self._made(allowed, slots)
+        return table
 
-    def _drawn(self, allowed: Bools, slots: int) -> npt.NDArray[np.int16]:
+    def _made(self, allowed: Bools, slots: int) -> Table:
         slots = min(slots, int(allowed.sum()))
         here = allowed[self.orders]
         every = np.arange(len(here))
         drawn = np.empty((len(here), slots), np.int16)
+        chances = np.empty((slots, len(self.rows)), np.float32)
         for j in range(slots):
             column = here.argmax(axis=1)
             drawn[:, j] = self.orders[every, column]
             here[every, column] = False
-        return drawn
+            chances[j] = np.bincount(drawn[:, j], minlength=len(self.rows)) / len(drawn)
+        return Table(drawn, chances, list(compress(self.ids, allowed.tolist())))
 
-    def draw(self, seeds: U64, tables: npt.NDArray[np.int16]) -> tuple[I32, F32]:
+    def draw(self, seeds: U64, table: Table) -> tuple[I32, F32]:
         """Return the rows drawn for the slots of each request, int32 [n, ≤ J], and their propensities.
 
         A seed, uint64 [n], picks one of the N draws, each as likely, so P(item i in slot j) is the share of the N draws
         in which i is the j-th of the allowed ones. No estimate of another probability: given the N draws, this is the
         probability with which the item was chosen, and it is never 0.
         """
-        mine = tables[(mixed(seeds) % np.uint64(len(tables))).astype(np.intp)]
-        chances = np.empty(mine.shape, np.float32)
-        for j in range(mine.shape[1]):
-            times = np.bincount(tables[:, j], minlength=len(self.rows))
-            chances[:, j] = (times / len(tables))[mine[:, j]]
-        return self.rows[mine], chances
+        mine = table.drawn[(mixed(seeds) % np.uint64(len(table.drawn))).astype(np.intp)]
+        return self.rows[mine], table.chances[np.arange(mine.shape[1]), mine]
 
 
 @dataclass(slots=True)
@@ -182,14 +195,12 @@ def draw_slots(
         if seed is not None and slots:
             alike.setdefault((allowed[b].tobytes(), slots), []).append(b)
     for (_, slots), members in alike.items():
-        may = allowed[members[0]]
-        given = np.array([seeds[b] for b in members], np.uint64)
-        rows, chances = pool.draw(given, pool.tables(may, slots))
+        table = pool.table(allowed[members[0]], slots)
+        rows, chances = pool.draw(np.array([seeds[b] for b in members], np.uint64), table)
         drawn.rows[members, : rows.shape[1]] = rows
         drawn.propensities[members, : rows.shape[1]] = chances
-        known = [item_id for item_id, there in zip(pool.ids, may.tolist(), strict=True) if there]
         for b in members:
-            drawn.pool[b] = known
+            drawn.pool[b] = table.ids
     return drawn
 
 
@@ -206,27 +217,19 @@ def place(
     An item that ranking chose too stands in its drawn slot alone. ``propensities`` [B, K] get those of the slots.
     Where a slate ends before a slot, the item stands at its end.
     """
-    width = columns.shape[1]
-    if not width:
-        return
     at, there = places_of(pool_rows, drawn.rows)
-    kept = without(columns, counts, at, there)
-    ranked = kept.sum(axis=1)
-    # Slots rise: what is put in later moves nothing that was put in before.
-    before: npt.NDArray[np.int64] = np.cumsum(there, axis=1) - there
-    slot = np.minimum(np.array(drawn.config.slots) - 1, ranked[:, None] + before)
-    slate = np.zeros((len(columns), width + len(drawn.config.slots)), np.int64)
-    chances = np.full(slate.shape, np.nan, np.float32)
-    requests, turns = np.nonzero(there)
-    is_drawn = np.zeros(slate.shape, np.bool_)
-    is_drawn[requests, slot[requests, turns]] = True
-    turn_of_rest = np.minimum(np.cumsum(~is_drawn, axis=1) - 1, width - 1)
-    slate[:] = packed(columns, kept)[np.arange(len(columns))[:, None], np.maximum(turn_of_rest, 0)]
-    slate[requests, slot[requests, turns]] = at[requests, turns]
-    chances[requests, slot[requests, turns]] = drawn.propensities[requests, turns]
-    # Ranked items give way at the end, drawn ones do not: their slots lie within the slate.
-    changed = np.any(there, axis=1)
-    counts[changed] = np.minimum(np.minimum(ks, width), ranked + there.sum(axis=1))[changed]
-    written = changed[:, None] & (np.arange(width) < counts[:, None])
-    columns[written] = slate[:, :width][written]
-    propensities[written] = chances[:, :width][written]
+    for b, (places, found) in enumerate(zip(at.tolist(), there.tolist(), strict=True)):
+        taken = list(compress(places, found))
+        if not taken:
+            continue
+        slate = [column for column in columns[b, : counts[b]].tolist() if column not in taken]
+        chances = [math.nan] * len(slate)
+        # Slots rise: what is put in later moves nothing that was put in before.
+        for slot, column, chance in compress(
+            zip(drawn.config.slots, places, drawn.propensities[b].tolist(), strict=True), found
+        ):
+            slate.insert(slot - 1, column)
+            chances.insert(slot - 1, chance)
+        # Ranked items give way at the end, drawn ones do not: their slots lie within the slate.
+        n = counts[b] = min(len(slate), int(ks[b]), columns.shape[1])
+        columns[b, :n], propensities[b, :n] = slate[:n], chances[:n]

@@ -82,8 +82,8 @@ def test_the_chance_of_the_first_slot_is_that_of_the_greatest_posterior_rate() -
     counters = ItemCounters(catalogue.index, CountersConfig())
     pool = FreshPool.build(catalogue, counters, FreshSlots(slots=(1, 2), draws=10_000), NOW_MS)
     chances = {}
-    tables = pool.tables(np.ones(4, np.bool_), 2)
-    drawn, found = pool.draw(np.arange(200, dtype=np.uint64), tables)
+    table = pool.table(np.ones(4, np.bool_), 2)
+    drawn, found = pool.draw(np.arange(200, dtype=np.uint64), table)
     for rows, propensities in zip(drawn.tolist(), found.tolist(), strict=True):
         assert len(set(rows)) == 2
         chances[rows[1]] = propensities[1]
