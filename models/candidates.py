@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field
 
-from models.catalogue import Catalogue, SpaceVectors
+from models.catalogue import Catalogue, SpaceVectors, is_inside
 from models.co_clicks import CoClicks
 from models.counters import CLICKS, ItemCounters
 from models.events import Filters
@@ -134,7 +134,7 @@ class Popular:
     ``rows`` int32 [n], best first; the first ``counted`` have clicks, the rest are the newest items.
     ``ctr`` float32 [n]: their smoothed CTR. ``strength`` float32 [items], by row: log-scaled decayed clicks, 1 for the
     strongest; a little for the newest items, so that they come first where nothing else speaks; 0 for most.
-    ``has_clicks`` bool [items].
+    ``has_clicks`` bool [items]. Both have one row at least.
     """
 
     rows: I32
@@ -145,16 +145,14 @@ class Popular:
 
     def is_trending(self, rows: I32) -> Bools:
         """Tell which rows have clicks in this list, bool of their shape."""
-        inside = (rows >= 0) & (rows < len(self.has_clicks))
-        found = np.zeros(rows.shape, np.bool_)
-        found[inside] = self.has_clicks[rows[inside]]
+        found: Bools = self.has_clicks.take(rows, mode="clip")
+        found &= is_inside(rows, len(self.has_clicks))
         return found
 
     def strength_of(self, rows: I32) -> F32:
         """Return the strength of any rows, float32 of their shape; 0 for padding and for items newer than this list."""
-        inside = (rows >= 0) & (rows < len(self.strength))
-        found = np.zeros(rows.shape, np.float32)
-        found[inside] = self.strength[rows[inside]]
+        found: F32 = self.strength.take(rows, mode="clip")
+        found *= is_inside(rows, len(self.strength))
         return found
 
 
@@ -191,8 +189,7 @@ class Pool:
 
 def no_popular() -> Popular:
     """Return the list of a recommender that was never refreshed."""
-    nothing = np.zeros(0, np.float32)
-    return Popular(np.zeros(0, np.int32), 0, nothing, nothing, np.zeros(0, np.bool_))
+    return Popular(np.zeros(0, np.int32), 0, np.zeros(0, np.float32), np.zeros(1, np.float32), np.zeros(1, np.bool_))
 
 
 def popular_items(
@@ -209,7 +206,7 @@ def popular_items(
     ``newest``: of this moment, where the caller has it.
     """
     newest_first = newest or NewestFirst(items, now_ms)
-    n_items = min(len(items.index), items.capacity)
+    n_items = max(1, min(len(items.index), items.capacity))
     top = counters.top(n, now_ms, half_life_index, CLICKS, newest_first.mask)
     clicks = counters.decayed(top, now_ms, half_life_index, CLICKS)
     order = np.lexsort((top, -clicks))

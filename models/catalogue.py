@@ -138,7 +138,7 @@ class SpaceVectors:
     def of(self, rows: Rows) -> tuple[Floats, Bools]:
         """Return vectors float32 [..., D] (zero where unknown) and whether each is known, bool [...]."""
         rows = np.asarray(rows, np.int32)
-        known = _inside(rows, self.capacity)
+        known = is_inside(rows, self.capacity)
         known &= self.has_vector.take(rows, mode="clip")
         found: Floats = self.vectors.take(rows, axis=0, mode="clip")
         found[~known] = 0.0
@@ -299,7 +299,7 @@ class Catalogue:
         Rows that are UNKNOWN or that no record has named are not. An item without a vector is servable.
         """
         rows = np.asarray(rows, np.int32)
-        allowed = _inside(rows, self.capacity)
+        allowed = is_inside(rows, self.capacity)
         allowed &= self.in_catalogue.take(rows, mode="clip")
         allowed &= ~self.hidden.take(rows, mode="clip")
         allowed &= self.expires_at_ms.take(rows, mode="clip") > now_ms
@@ -360,7 +360,7 @@ class Catalogue:
     ) -> Bools:
         """Return which rows fit all that is not None, as ``filter_mask`` does."""
         rows = np.asarray(rows, np.int32)
-        mask = _inside(rows, self.capacity)
+        mask = is_inside(rows, self.capacity)
         if categories is not None:
             mask &= self._categories.has_any(rows, categories)
         if tags is not None:
@@ -379,18 +379,18 @@ class Catalogue:
     def attribute_mask(self, rows: Rows, name: str, value: str | float | bool) -> Bools:
         """Return which rows have the attribute ``name`` with this value, bool, same shape; 1 is 1.0, not true."""
         rows = np.asarray(rows, np.int32)
-        found = _inside(rows, self.capacity)
+        found = is_inside(rows, self.capacity)
         found &= self._attributes.has_any(rows, [_attribute(name, value)])
         return found
 
     def category_codes(self, rows: Rows) -> Rows:
         """Return a number for the first category of each row, int32, same shape; 0 where there is none."""
         rows = np.asarray(rows, np.int32)
-        codes: Rows = self._categories.first(rows) * _inside(rows, self.capacity)
+        codes: Rows = self._categories.first(rows) * is_inside(rows, self.capacity)
         return codes
 
 
-def _inside(rows: Rows, capacity: int) -> Bools:
+def is_inside(rows: Rows, capacity: int) -> Bools:
     """Return which rows lie in arrays of ``capacity`` rows, bool of their shape."""
     # Without a sign, a negative row is greater than any capacity: one comparison for both ends.
     inside: Bools = rows.view(np.uint32) < capacity

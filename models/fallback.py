@@ -16,7 +16,7 @@ from models.reason_texts import TEXTS
 from models.reasons import NEW, TRENDING
 from models.rules import plainly_servable
 from models.slates import SlateRequest
-from models.surfaces import RecommenderConfig
+from models.surfaces import RecommenderConfig, SurfaceConfig
 from models.user_row import ACTION_MASK, NEGATIVE
 
 
@@ -40,14 +40,14 @@ def popular_slates(
         if request.candidates is not None:
             asked = {catalogue.index.row(item_id) for item_id in request.candidates}
             pool = sorted(asked, key=lambda row: (place.get(row, len(best)), row))
-        k = items_wanted(request, config)
+        surface = config.surface(request.surface, request.arm)
+        k = items_wanted(request, surface)
         excluded = frozenset(request.exclude)
-        rules = config.surface(request.surface, request.arm).rules
         items: list[RecommendedItem] = []
         for row in pool:
             if len(items) == k:
                 break
-            if not plainly_servable(catalogue, row, now_ms, request.filters, rules):
+            if not plainly_servable(catalogue, row, now_ms, request.filters, surface.rules):
                 continue
             item_id = catalogue.index.item_id(row)
             if item_id in excluded or (hashes and hash64(item_id) in hashes):
@@ -57,10 +57,9 @@ def popular_slates(
     return slates
 
 
-def items_wanted(request: SlateRequest, config: RecommenderConfig) -> int:
+def items_wanted(request: SlateRequest, surface: SurfaceConfig) -> int:
     """Return how many items a request wants, as it says or its surface does."""
-    k = request.k if request.k is not None else config.surface(request.surface, request.arm).k
-    return max(0, min(k, MAX_K))
+    return max(0, min(surface.k if request.k is None else request.k, MAX_K))
 
 
 def hidden_hashes(users: UserReader, rows: UserRows, requests: Sequence[SlateRequest]) -> list[frozenset[int]]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from models.surfaces import Plan, RecommenderConfig
+from models.surfaces import Plan, RecommenderConfig, SurfaceConfig
 
 Settings = Callable[[Plan], object]
 """What a stage reads of a plan; compared by ==."""
@@ -36,6 +36,7 @@ class Plans:
         self._config = config
         self._plans: list[Plan] = []
         self._numbers: dict[tuple[str | None, str | None], int] = {}
+        self._surfaces: dict[tuple[str | None, str | None], SurfaceConfig] = {}
         self._alike: dict[Settings, list[int]] = {}
 
     def __getitem__(self, number: int) -> Plan:
@@ -52,9 +53,19 @@ class Plans:
             number = self._numbers[key] = self._plans.index(plan)
         return number
 
+    def surface(self, surface: str | None, arm: str | None) -> SurfaceConfig:
+        """Return the values of a surface in an arm, sizes included."""
+        key = surface if surface in self._config.surfaces else None, arm
+        found = self._surfaces.get(key)
+        if found is None:
+            found = self._surfaces[key] = self._config.surface(*key)
+        return found
+
     def alike(self, number: int, settings: Settings) -> int:
         """Return the number of the first plan that agrees with one in these settings."""
-        known = self._alike.setdefault(settings, [])
+        known = self._alike.get(settings)
+        if known is None:
+            known = self._alike[settings] = []
         while len(known) <= number:
             own = settings(self._plans[len(known)])
             first = (n for n, plan in enumerate(self._plans) if settings(plan) == own)
@@ -63,12 +74,12 @@ class Plans:
 
     def parts(self, numbers: Sequence[int], settings: Settings) -> list[Part]:
         """Return the requests whose plans have these ``numbers`` [B] by settings, in the order of their first ones."""
+        own = [self.alike(number, settings) for number in numbers]
+        if own.count(own[0]) == len(own):
+            return [Part(self._plans[own[0]], own[0], slice(None), range(len(own)))]
         places: dict[int, list[int]] = {}
-        for place, number in enumerate(numbers):
-            places.setdefault(self.alike(number, settings), []).append(place)
-        if len(places) == 1:
-            (number,) = places
-            return [Part(self._plans[number], number, slice(None), range(len(numbers)))]
+        for place, number in enumerate(own):
+            places.setdefault(number, []).append(place)
         return [Part(self._plans[n], n, np.array(members), members) for n, members in places.items()]
 
 

@@ -137,3 +137,11 @@ def test_a_request_gets_the_same_slate_alone_and_beside_those_of_other_arms(
     recommender, now_ms = arms_world.recommender, NOW_MS + 1_000
     together = recommender.recommend(arms_world.rows, requests, now_ms)
     assert together == [recommender.recommend(arms_world.rows, [request], now_ms)[0] for request in requests]
+
+
+def test_the_values_of_a_surface_are_those_of_the_arm_sizes_included() -> None:
+    arms = {"more": Arm(share=0.5, surface={"k": 9})}
+    surfaces = {"default": SurfaceConfig(k=5), "long": SurfaceConfig(k=50)}
+    known = Plans(RecommenderConfig(surfaces=surfaces, experiment=ExperimentConfig(name="x", arms=arms)))
+    asked = [(None, None), ("long", None), ("unheard of", None), (None, "more"), ("long", "more"), ("long", None)]
+    assert [known.surface(*each).k for each in asked] == [5, 50, 5, 9, 9, 50]
