@@ -258,7 +258,8 @@ def encode(raw: RawSlates, config: FeatureConfig) -> F32:
         _item_facts(planes, raw)
         _user_facts(planes, raw)
         _relative(planes, raw.valid)
-        planes *= raw.valid
+        if np.count_nonzero(raw.valid) < raw.valid.size:
+            planes *= raw.valid
     return np.ascontiguousarray(planes.transpose(1, 2, 0))
 
 
