@@ -101,6 +101,7 @@ _USER_FACTS: Final = _stretch("user_impressions", "weekday_cos")
 _RELATIVE: Final = _stretch(f"{COMPARED[0]}_rank", f"{COMPARED[-1]}_gap")
 _TIME_UNITS: Final[F32] = np.array([3600, 60, 3600, 120, 3600], np.float32)[:, None, None]
 """Seconds in which the age, the time since it was first seen, twice since shown and since acted on are told."""
+_SPACE_PLACES: Final = [_AT[name] for name in SPACE_COLUMNS]
 _NOT_COMPARED: Final = -MAX_COMPARED * GRID - 1
 """Below whatever is compared."""
 
@@ -263,6 +264,25 @@ def encode(raw: RawSlates, config: FeatureConfig) -> F32:
     return np.ascontiguousarray(planes.transpose(1, 2, 0))
 
 
+def encode_sims(x: F32, raw: RawSlates) -> F32:
+    """Return the columns of slates that differ from those of ``x`` in ``sims`` alone: what another space says of them.
+
+    The same as ``encode(raw, config)``, under the config of ``x``.
+    """
+    if not x.size:
+        return x
+    planes: F32 = np.empty((1 + len(RELATIVE_KINDS), 2, *raw.valid.shape), np.float32)
+    own, ranks, gaps = planes
+    _fill_sims(own, raw)
+    compared = np.empty(own.shape, np.bool_)
+    compared[:] = raw.valid
+    _compare(own, compared, ranks, gaps)
+    planes *= raw.valid
+    anew = x.copy()
+    anew[:, :, _SPACE_PLACES] = planes.reshape(-1, *raw.valid.shape).transpose(1, 2, 0)
+    return anew
+
+
 def _counts(planes: F32, raw: RawSlates, config: FeatureConfig) -> None:
     logs = np.ascontiguousarray(raw.counters.transpose(3, 2, 0, 1), np.float32)
     # fmax takes the other one of two where one is NaN; np.nan_to_num takes many times as long for a single slate.
@@ -289,10 +309,7 @@ def _counts(planes: F32, raw: RawSlates, config: FeatureConfig) -> None:
 
 def _item_facts(planes: F32, raw: RawSlates) -> None:
     """Fill what is known of each item."""
-    sims = planes[_SIMS]
-    sims[:] = raw.sims.transpose(2, 0, 1)
-    np.copyto(sims, 0.0, where=np.isnan(sims))
-    np.clip(sims, -1.0, 1.0, out=sims)
+    _fill_sims(planes[_SIMS], raw)
     # All times at once, each in a unit of its own; how lately an item was shown is told in two.
     times = np.empty((len(_TIME_UNITS), *raw.valid.shape), np.float32)
     times[0], times[1], times[2], times[4] = (
@@ -317,6 +334,13 @@ def _item_facts(planes: F32, raw: RawSlates) -> None:
     np.log1p(shown, out=shown)
 
 
+def _fill_sims(sims: F32, raw: RawSlates) -> None:
+    """Fill the similarities, [2, S, C]."""
+    sims[:] = raw.sims.transpose(2, 0, 1)
+    np.copyto(sims, 0.0, where=np.isnan(sims))
+    np.clip(sims, -1.0, 1.0, out=sims)
+
+
 def _user_facts(planes: F32, raw: RawSlates) -> None:
     """Fill what is the same for all items of a slate: the user's counts, and the time in UTC."""
     facts = np.empty((_USER_FACTS.stop - _USER_FACTS.start, len(raw.time_ms)))
@@ -337,12 +361,17 @@ def _user_facts(planes: F32, raw: RawSlates) -> None:
 def _relative(planes: F32, valid: Bools) -> None:
     """Fill rank and gap within the slate of the compared planes; of what some items lack among those that have it."""
     own = planes[:_PLANES]
-    np.clip(own, -MAX_COMPARED, MAX_COMPARED, out=own)
     compared = np.empty(own.shape, np.bool_)
     compared[:] = valid
     compared[_AGES] &= planes[_AGES_GIVEN] > 0
+    ranks, gaps = planes[_RELATIVE].reshape(len(RELATIVE_KINDS), *own.shape)
+    _compare(own, compared, ranks, gaps)
+
+
+def _compare(own: F32, compared: Bools, ranks: F32, gaps: F32) -> None:
+    """Bring values [P, S, C] within bounds; fill rank and gap of each among those of its slate that are compared."""
+    np.clip(own, -MAX_COMPARED, MAX_COMPARED, out=own)
     n = np.count_nonzero(compared, axis=2)[:, :, None]
-    ranks, gaps = planes[_RELATIVE].reshape(2, *own.shape)
     # Whole numbers below 2^24: float32 holds them exactly.
     steps = own * np.float32(GRID)
     np.rint(steps, out=steps)

@@ -75,17 +75,19 @@ class ServingModel:
         ranking: RankingConfig,
         attention: Floats | None = None,
         item_vectors: Floats | None = None,
+        x: Floats | None = None,
     ) -> Floats:
         """Return what this version says of slates: calibrated log-odds at the reference position, float32 [S, C].
 
         ``item_rows`` int32 [S, C], ``recent_rows`` int32 [S, R]: rows of the items of ``raw``, -1 for none. Without a
         scorer, the hand-set score as log-odds. 0 where not valid. ``attention`` float32 [S, C, R] is filled with the
-        weights that a scorer gives the recents; ``item_vectors`` float32 [S, C, D]: of the items; looked up if None.
+        weights that a scorer gives the recents; ``item_vectors`` float32 [S, C, D] of the items and ``x`` float32
+        [S, C, F], the columns of ``raw`` as ``features`` says, are looked up and made if None.
         """
         if self.scorer is None or self.features is None:
             return hand_set_log_odds(raw, ranking)
         return learned_log_odds(
-            self.scorer, self.features, self.vectors, raw, item_rows, recent_rows, attention, item_vectors
+            self.scorer, self.features, self.vectors, raw, item_rows, recent_rows, attention, item_vectors, x
         )
 
     def is_same_version(self, other: ServingModel) -> bool:

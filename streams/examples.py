@@ -18,9 +18,11 @@ from models.catalogue import Catalogue
 from models.counters import ItemCounters
 from models.events import ImpressedItem, Impression
 from models.examples import EXTERNAL, LAGGED, MODEL, RANDOMISED, REPLAYED, FeaturesRecord, encode, state_fields
-from models.features import RawSlates
+from models.features import F32, FeatureConfig, RawSlates, encode_sims
+from models.features import encode as encode_columns
 from models.hashing import hash64, impression_id
 from models.live_features import IndexedVectors, raw_from_state, sims_of
+from models.log_odds import PART_ITEMS
 from models.serving import ServingModel
 from models.user_row import Rows, empty_rows
 from models.user_state import Outcome, UserReader
@@ -30,7 +32,7 @@ from streams.settings import Settings
 
 log = structlog.get_logger(__name__)
 
-CELLS: Final = 8_192
+CELLS: Final = PART_ITEMS
 """Slates are padded to the longest of a group; a group has at most this many places."""
 
 
@@ -239,14 +241,19 @@ class FeaturesWriter:
             raw.recent_items.ravel().tolist(), raw.recent_items.size
         ).reshape(raw.recent_items.shape)
         live = self._models[0][0]
+        # Versions that were trained on from one another encode alike: columns are made once, but those of a space.
+        encoded: dict[FeatureConfig, F32] = {}
         scores = []
         for model, reader in self._models:
             try:
-                own = raw
+                own, features = raw, model.features
+                x = encoded.get(features) if features is not None else None
                 if model.space_id != live.space_id:
-                    sims = sims_of(rows, item_rows, raw.time_ms, model.vectors, reader, ranking)
-                    own = replace(raw, sims=sims)
-                log_odds = model.log_odds(own, item_rows, recent_rows, ranking)
+                    own = replace(raw, sims=sims_of(rows, item_rows, raw.time_ms, model.vectors, reader, ranking))
+                    x = encode_sims(x, own) if x is not None else None
+                elif x is None and features is not None:
+                    x = encoded[features] = encode_columns(raw, features)
+                log_odds = model.log_odds(own, item_rows, recent_rows, ranking, x=x)
                 if not np.isfinite(log_odds[raw.valid]).all():
                     raise FloatingPointError(f"model {model.version} gave log-odds that are not finite")
                 scores.append((model.version, log_odds))

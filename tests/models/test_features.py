@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from models.counter_events import CLICKS, EXPECTED, IMPRESSIONS, KINDS
 from models.errors import BundleError
-from models.features import COLUMNS, FeatureConfig, RawSlates, columns, encode, require_spec, spec_id
+from models.features import COLUMNS, FeatureConfig, RawSlates, columns, encode, encode_sims, require_spec, spec_id
 
 CONFIG = FeatureConfig(
     prior_ctr=(0.1, 0.1, 0.1, 0.1), prior_strength=10.0, prior_coec=(2.0, 2.0, 2.0, 2.0), coec_strength=4.0
@@ -123,6 +124,26 @@ def test_padding_and_the_rest_of_the_batch_change_no_bit(seed: int, slates: int,
             target = getattr(padded, name)
             target[(slice(None), *(slice(0, n) for n in value.shape[1:]))] = value
         assert np.array_equal(encode(padded, CONFIG)[0, :items], together[s])
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 15), (4, 30), (2, 0)])
+def test_columns_of_another_space_are_those_that_its_similarities_alone_change(shape: tuple[int, int]) -> None:
+    raw = random_slates(1, *shape)
+    elsewhere = replace(raw, sims=random_slates(2, *shape).sims)
+    x = encode(raw, CONFIG)
+    before = x.copy()
+    assert encode_sims(x, elsewhere).tobytes() == encode(elsewhere, CONFIG).tobytes()
+    assert np.array_equal(x, before)
+
+
+def test_a_value_at_the_lower_bound_ranks_lowest_of_those_that_are_compared() -> None:
+    # A rate of next to nothing beside an item without an age and one that is not there.
+    raw = slate(impressions=[8e6, 0.0, 8e6, 3.0])
+    raw.valid[0, 3] = False
+    x = encode(raw, FeatureConfig(prior_ctr=(1e-9,) * 4, prior_strength=1e-6, quick_prior_strength=1e-6))
+    assert column(x, "ctr_first") == [-16.0, 0.0, -16.0, 0.0]
+    assert column(x, "ctr_first_rank") == [0.0, 1.0, 0.0, 0.0]
+    assert column(x, "ctr_first_gap") == [-16.0, 0.0, -16.0, 0.0]
 
 
 def test_an_item_alone_has_the_lowest_rank_and_no_gap() -> None:

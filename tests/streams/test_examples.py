@@ -308,6 +308,21 @@ def test_live_and_shadow_models_say_what_they_would_have_said() -> None:
     assert scores["v1"].argmax() == scores["v2"].argmax() == 0
 
 
+def test_a_model_reads_the_same_columns_whether_the_live_one_encodes_alike_or_not() -> None:
+    seen = []
+    for features in (FeatureConfig(), FeatureConfig(prior_strength=7.0)):
+        bench, recorder = Bench(), Recorder()
+        live = replace(bench.live, scorer=cast(CtrScorer, Recorder()), features=features)
+        other = model("v2", "other space", bench.index, seed=1)
+        bench.use(live, replace(other, scorer=cast(CtrScorer, recorder), features=FeatureConfig()))
+        for i in range(5):
+            bench.prepare(bench.at(click("3", f"c{i}")))
+        bench.records(bench.at(shown("312")))
+        seen.append(recorder.seen[-1])
+    assert seen[0][0, :, COLUMNS.index("sim_short")].any()
+    assert seen[0].tobytes() == seen[1].tobytes()
+
+
 def test_a_shadow_model_that_fails_costs_its_scores_and_nothing_else() -> None:
     bench = Bench()
     other = model("v2", "other space", bench.index)
