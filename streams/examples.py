@@ -24,7 +24,8 @@ from models.hashing import hash64, impression_id
 from models.live_features import IndexedVectors, raw_from_state, sims_of
 from models.log_odds import PART_ITEMS
 from models.serving import ServingModel
-from models.user_row import Rows, empty_rows
+from models.user_batch import rows_at, whole
+from models.user_row import ROW, Rows, empty_rows
 from models.user_state import Outcome, UserReader
 from streams.decode import Decoded
 from streams.metrics import Metrics
@@ -52,11 +53,14 @@ class Shown:
         kept = np.array([Outcome(outcomes[i]) is not Outcome.DUPLICATE for i in at.tolist()], np.bool_)
         self.events += [events[i] for i in at[kept].tolist()]
         self.outcomes += [Outcome(outcomes[i]) for i in at[kept].tolist()]
-        self.rows.append(before[kept])
+        self.rows.append(rows_at(before, kept))
 
     def all_rows(self) -> Rows:
         """Return the rows of all events in one array."""
-        return np.concatenate(self.rows) if self.rows else empty_rows(0)
+        if not self.rows:
+            return empty_rows(0)
+        joined: Rows = np.concatenate([whole(rows) for rows in self.rows]).view(ROW)
+        return joined
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +113,7 @@ class FeaturesWriter:
         rows = shown.all_rows()
         found: dict[int, SentFeatures] = {}
         for group in _groups([len(slate.hashes) for slate in slates]):
-            self._group([slates[i] for i in group], rows[group], now_ms, group, found)
+            self._group([slates[i] for i in group], rows_at(rows, np.array(group)), now_ms, group, found)
         sent = [found[i] for i in sorted(found)]
         self._metrics.features.inc(len(sent))
         self._metrics.features_bytes.inc(sum(len(record.value) for record in sent))
