@@ -371,29 +371,32 @@ def _relative(planes: F32, valid: Bools) -> None:
 def _compare(own: F32, compared: Bools, ranks: F32, gaps: F32) -> None:
     """Bring values [P, S, C] within bounds; fill rank and gap of each among those of its slate that are compared."""
     np.clip(own, -MAX_COMPARED, MAX_COMPARED, out=own)
-    n = np.count_nonzero(compared, axis=2)[:, :, None]
+    n = compared.sum(axis=2, keepdims=True, dtype=np.int32)
     # Whole numbers below 2^24: float32 holds them exactly.
     steps = own * np.float32(GRID)
     np.rint(steps, out=steps)
-    held = np.where(compared, steps, np.float32(_NOT_COMPARED))
-    _below(held, n, out=ranks)
+    highest = _below(np.where(compared, steps, np.float32(_NOT_COMPARED)), n, out=ranks)
     ranks /= np.maximum(n - 1, 1).astype(np.float32)
-    np.subtract(steps, held.max(axis=2, keepdims=True), out=gaps)
+    np.subtract(steps, highest, out=gaps)
     gaps *= np.float32(1 / GRID)
     gaps *= compared
 
 
-def _below(steps: F32, n: npt.NDArray[np.intp], out: F32) -> None:
-    """Put into ``out`` [P, S, C] how many of the ``n`` [P, S, 1] compared steps of its slate are below each; else 0."""
+def _below(steps: F32, n: npt.NDArray[np.int32], out: F32) -> F32:
+    """Put into ``out`` [P, S, C] how many of the ``n`` [P, S, 1] compared steps of its slate are below each; else 0.
+
+    Returns the highest steps, [P, S, 1].
+    """
     width = steps.shape[2]
     # Value and place in one number: sorting those is several times as fast as an argsort, the narrow ones most so.
     bits = width.bit_length()
     whole: type[np.signedinteger[Any]] = np.int32 if _VALUE_BITS + bits < 31 else np.int64
+    low = whole((1 << bits) - 1)
     keys = steps.astype(whole)
     keys <<= whole(bits)
     keys |= np.arange(width, dtype=whole)
     keys.sort(axis=2)
-    places = keys & whole((1 << bits) - 1)
+    places = keys & low
     keys >>= whole(bits)
     # What is not compared comes first, and the lowest compared one after it.
     others = (width - n).astype(whole)
@@ -401,6 +404,10 @@ def _below(steps: F32, n: npt.NDArray[np.intp], out: F32) -> None:
     starts[..., :1] = others
     np.multiply(keys[..., 1:] != keys[..., :-1], np.arange(1, width, dtype=whole), out=starts[..., 1:])
     np.maximum.accumulate(starts, axis=2, out=starts)
-    starts -= others
-    places_in_all = np.arange(0, out.size, width).reshape(*out.shape[:2], 1) + places
-    out.reshape(-1)[places_in_all] = starts
+    # Back into the order of places by a sort as well, half the time of writing to each its place.
+    places <<= whole(bits)
+    places |= starts
+    places.sort(axis=2)
+    places &= low
+    np.subtract(places, others, out=out)
+    return keys[..., -1:].astype(np.float32)
