@@ -208,11 +208,11 @@ class CoClicks:
         size, config, decay = len(self._followers), self.config, self._decay(now_ms)
         liked = at_columns(liked, _front(liked >= 0))
         known = (liked >= 0) & (liked < size)
-        if not known.any() or most <= 0:
+        used = np.flatnonzero(known.any(axis=0))
+        if not len(used) or most <= 0:
             return np.full((len(liked), 0), -1, np.int32)
-        # Those that are known stand at the front, as a rule far fewer than a row remembers.
-        liked = liked[:, : int(np.flatnonzero(known.any(axis=0))[-1]) + 1]
-        known = known[:, : liked.shape[1]]
+        # Those that are known stand at the front, as a rule fewer than a row remembers.
+        liked, known = liked[:, : used[-1] + 1], known[:, : used[-1] + 1]
         safe = np.where(known, liked, 0)
         own = known * self._fading[: liked.shape[1]]
         own *= decay / np.sqrt(self._actions.take(safe) * decay + config.prior)

@@ -88,22 +88,23 @@ def diverse(
     if not k or not reach:
         return order[:, :k], np.minimum(counts, k)
     there = np.arange(reach) < compared[:, None]
-    ordered = at_columns(scores, order)
+    # Of all requests in one row: what is looked up costs what its calls cost, and one index is found faster than two.
+    in_row = order + (np.arange(batch) * width)[:, None]
+    ordered = scores.take(in_row)
     penalised = ordered < -UNWANTED_PENALTY / 2
     # In steps, as scores are compared: the last bits of a product decide nothing, the better score does.
     strength = np.float32(config.sameness * SCORE_STEPS)
     worth = np.float32(SCORE_STEPS) * ((1 - np.float32(config.sameness)) * _relevance(ordered, there & ~penalised))
-    worth -= np.where(penalised, np.float32(SCORE_STEPS) * UNWANTED_PENALTY, np.float32(0))
+    worth -= penalised * (np.float32(SCORE_STEPS) * UNWANTED_PENALTY)
     worth[~there] = -np.inf
     worth = np.ascontiguousarray(worth)
-    near = at_columns(vectors, order) if strength else vectors
-    kinds = at_columns(categories, order)
+    near = vectors.reshape(-1, vectors.shape[2]).take(in_row, axis=0) if strength else vectors
+    kinds = categories.take(in_row)
     over_limit = np.float32(SCORE_STEPS * _OVER_LIMIT)
     full: Bools | None = None
     taken: list[dict[int, int]] = [{} for _ in range(batch)]
-    # Of all requests in one row: a step costs what its calls cost, and one index is found faster than two.
     begins = np.arange(batch) * reach
-    flat_worth, flat_near, flat_kinds = worth.ravel(), near.reshape(-1, near.shape[2]), kinds.ravel()
+    flat_worth, flat_near, flat_kinds = worth.ravel(), near.reshape(-1, vectors.shape[2]), kinds.ravel()
     # The greatest cosine to what was chosen, times its strength.
     likeness = np.zeros((batch, reach, 1), np.float32)
     spare, value = np.empty_like(likeness), worth.copy()
@@ -135,8 +136,10 @@ def diverse(
 
 def _relevance(scores: F32, usual: Bools) -> F32:
     """Return scores scaled to 0 … 1 over the usual ones of each request, float32 [B, C]; 0 for others, or all alike."""
-    low = np.where(usual, scores, np.inf).min(axis=1, keepdims=True)
-    high = np.where(usual, scores, -np.inf).max(axis=1, keepdims=True)
-    some = high > low
-    relevance = (scores - np.where(some, low, 0)) / np.where(some, high - low, 1)
-    return np.where(usual & some, relevance, 0).astype(np.float32)
+    low = np.minimum.reduce(scores, axis=1, keepdims=True, where=usual, initial=np.inf)
+    high = np.maximum.reduce(scores, axis=1, keepdims=True, where=usual, initial=-np.inf)
+    usual = usual & (high > low)
+    relevance = np.zeros_like(scores)
+    np.subtract(scores, low, out=relevance, where=usual)
+    np.divide(relevance, high - low, out=relevance, where=usual)
+    return relevance

@@ -189,7 +189,8 @@ class Recommender:
         slates: dict[int, Slate] = {}
         for (shared, given, width), members in groups.items():
             wanted = [requests[i] for i in members]
-            states = rows[np.array([r.row for r in wanted], np.int64)]
+            # Indexed, records are copied field by field.
+            states = rows.take([r.row for r in wanted])
             model, _ = self._scorer(self._plans[shared])
             wanted_items = np.array([ks[i] for i in members], np.int64)
             batch = Batch(wanted, [numbers[i] for i in members], states, given, width, now_ms, wanted_items)
@@ -534,7 +535,7 @@ class Recommender:
         else:
             weights = scored.attention.reshape(-1, scored.attention.shape[2]).take(chosen, axis=0)
             near = looked_at(weights, vectors, liked_vectors, known, least)
-        each, place = np.arange(len(rows))[:, None, None], np.maximum(near, 0)
+        of_liked = np.maximum(near, 0) + (np.arange(len(rows)) * past.liked.shape[1])[:, None, None]
         return Winners(
             rows=rows,
             counts=counts,
@@ -542,8 +543,8 @@ class Recommender:
             scores=scores.take(chosen),
             ctr=scored.ctr.take(chosen),
             trending=self._popular.is_trending(rows),
-            named=np.where(near >= 0, past.liked[each, place], np.int32(-1)),
-            actions=past.actions[each[:, 0], place[:, :, 0]],
+            named=np.where(near >= 0, past.liked.take(of_liked), np.int32(-1)),
+            actions=past.actions.take(of_liked[:, :, 0]),
             asked=np.where(active[:, QUERY], QUERY, np.where(active[:, PROFILE], PROFILE, -1)).astype(np.int8),
         )
 
