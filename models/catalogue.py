@@ -340,14 +340,11 @@ class Catalogue:
         its time or price fits no filter on it.
         """
         after = filters.published_after
-        return self.matching(
-            rows,
-            filters.categories,
-            filters.tags,
-            None if after is None else epoch_ms(after),
-            filters.min_price,
-            filters.max_price,
-        )
+        after_ms = None if after is None else epoch_ms(after)
+        rows = np.asarray(rows, np.int32)
+        mask = self.matching(rows, filters.categories, filters.tags, after_ms, filters.min_price, filters.max_price)
+        mask &= is_inside(rows, self.capacity)
+        return mask
 
     def matching(
         self,
@@ -358,30 +355,32 @@ class Catalogue:
         min_price: float | None,
         max_price: float | None,
     ) -> Bools:
-        """Return which rows fit all that is not None, as ``filter_mask`` does."""
-        rows = np.asarray(rows, np.int32)
-        mask = is_inside(rows, self.capacity)
+        """Return which rows fit all that is not None, as ``filter_mask`` does; any value for one outside the arrays."""
+        masks: list[Bools] = []
         if categories is not None:
-            mask &= self._categories.has_any(rows, categories)
+            masks.append(self._categories.has_any(rows, categories))
         if tags is not None:
-            mask &= self._tags.has_any(rows, tags)
+            masks.append(self._tags.has_any(rows, tags))
         if published_after_ms is not None:
             published = self.published_at_ms.take(rows, mode="clip")
-            mask &= published >= max(published_after_ms, NOT_GIVEN_MS + 1)
-        if min_price is not None or max_price is not None:
-            price = self.price.take(rows, mode="clip")
-            if min_price is not None:
-                mask &= price >= min_price
-            if max_price is not None:
-                mask &= price <= max_price
+            masks.append(published >= max(published_after_ms, NOT_GIVEN_MS + 1))
+        if min_price is not None:
+            masks.append(self.price.take(rows, mode="clip") >= min_price)
+        if max_price is not None:
+            masks.append(self.price.take(rows, mode="clip") <= max_price)
+        if not masks:
+            return np.ones(rows.shape, np.bool_)
+        mask = masks.pop()
+        for other in masks:
+            mask &= other
         return mask
 
     def attribute_mask(self, rows: Rows, name: str, value: str | float | bool) -> Bools:
-        """Return which rows have the attribute ``name`` with this value, bool, same shape; 1 is 1.0, not true."""
-        rows = np.asarray(rows, np.int32)
-        found = is_inside(rows, self.capacity)
-        found &= self._attributes.has_any(rows, [_attribute(name, value)])
-        return found
+        """Return which rows have the attribute ``name`` with this value, bool, same shape; 1 is 1.0, not true.
+
+        Any value for a row outside the arrays.
+        """
+        return self._attributes.has_any(rows, [_attribute(name, value)])
 
     def category_codes(self, rows: Rows) -> Rows:
         """Return a number for the first category of each row, int32, same shape; 0 where there is none."""

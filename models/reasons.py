@@ -5,8 +5,9 @@ Axes as in models/ranking.py, K positions of a slate, N items that a reason name
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Final
 
 import numpy as np
@@ -153,27 +154,11 @@ class Reasons:
     """Makes the reasons of one batch; the same object for the same answer."""
 
     def __init__(self, catalogue: Catalogue, language: Language) -> None:
-        texts = self._texts = TEXTS[language]
+        self._texts, self._fixed = TEXTS[language], _fixed(language)
         self._catalogue = catalogue
         self._known: dict[tuple[tuple[int, ...], int], Reason] = {}
         self._categories: dict[str, Reason] = {}
-        self.drawn = Reason(kind=EXPLORATION, text=texts.drawn)
-        self.drawn_new = Reason(kind=EXPLORATION, text=texts.drawn_new)
-        self._trending = Reason(kind=TRENDING, text=texts.trending)
-        self._newest = Reason(kind=NEW, text=texts.newest)
-        self._chosen = Reason(kind=TRENDING, text=texts.chosen)
-        recent = Reason(kind=BECAUSE_CLICKED, text=texts.recent)
-        self._by_source = {
-            SHORT_TERM: recent,
-            LONG_TERM: recent,
-            PROFILE: Reason(kind=LIKE_PROFILE, text=texts.profile),
-            QUERY: Reason(kind=MATCHES_QUERY, text=texts.query),
-            PINNED: Reason(kind=PICKED, text=texts.pinned),
-            FRESH: self._newest,
-            TREND: self._trending,
-            POPULAR_CONTEXT: self._trending,
-            CO_CLICK: Reason(kind=BECAUSE_CLICKED, text=texts.co_click),
-        }
+        self.drawn, self.drawn_new = self._fixed.drawn, self._fixed.drawn_new
 
     def because_clicked(self, rows: tuple[int, ...], action: int) -> Reason:
         """Return the reason that names items that the user liked; the sentence is of the first, by title if known.
@@ -201,7 +186,7 @@ class Reasons:
         item = self._catalogue.item(row)
         category = (item.categories or [""])[0] if item is not None else ""
         if not category:
-            return self._trending
+            return self._fixed.trending
         reason = self._categories.get(category)
         if reason is None:
             text = self._texts.trending_category.format(category=category)
@@ -210,9 +195,48 @@ class Reasons:
 
     def plain(self, source: int, is_trending: bool, asked: int) -> Reason:
         """Return the reason of an item that no clicked item explains."""
-        reason = self._by_source.get(asked if source == GIVEN else source)
+        fixed = self._fixed
+        reason = fixed.by_source.get(asked if source == GIVEN else source)
         if reason is not None:
             return reason
         if is_trending:
-            return self._trending
-        return self._newest if source == POPULAR else self._chosen
+            return fixed.trending
+        return fixed.newest if source == POPULAR else fixed.chosen
+
+
+@dataclass(frozen=True, slots=True)
+class _Fixed:
+    """The reasons that speak of no item: the same objects in all slates of a language."""
+
+    drawn: Reason
+    drawn_new: Reason
+    trending: Reason
+    newest: Reason
+    chosen: Reason
+    by_source: Mapping[int, Reason]
+
+
+@cache
+def _fixed(language: Language) -> _Fixed:
+    texts = TEXTS[language]
+    trending, newest = Reason(kind=TRENDING, text=texts.trending), Reason(kind=NEW, text=texts.newest)
+    recent = Reason(kind=BECAUSE_CLICKED, text=texts.recent)
+    by_source = {
+        SHORT_TERM: recent,
+        LONG_TERM: recent,
+        PROFILE: Reason(kind=LIKE_PROFILE, text=texts.profile),
+        QUERY: Reason(kind=MATCHES_QUERY, text=texts.query),
+        PINNED: Reason(kind=PICKED, text=texts.pinned),
+        FRESH: newest,
+        TREND: trending,
+        POPULAR_CONTEXT: trending,
+        CO_CLICK: Reason(kind=BECAUSE_CLICKED, text=texts.co_click),
+    }
+    return _Fixed(
+        drawn=Reason(kind=EXPLORATION, text=texts.drawn),
+        drawn_new=Reason(kind=EXPLORATION, text=texts.drawn_new),
+        trending=trending,
+        newest=newest,
+        chosen=Reason(kind=TRENDING, text=texts.chosen),
+        by_source=by_source,
+    )

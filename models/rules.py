@@ -50,7 +50,7 @@ class ItemMatch(BaseModel):
         )
 
     def mask(self, catalogue: Catalogue, rows: I32, now_ms: int) -> Bools:
-        """Return which rows match at ``now_ms``, bool of their shape."""
+        """Return which rows match at ``now_ms``, bool of their shape; any value for one outside the catalogue."""
         oldest_ms = self._oldest_ms(now_ms)
         found = catalogue.matching(rows, self.categories, self.tags, oldest_ms, self.min_price, self.max_price)
         for name, value in self.attributes.items():
@@ -113,7 +113,7 @@ class RulesConfig(BaseModel):
         return bool(self.blocked or self.blocked_items) or not self.allowed.is_empty
 
     def refused(self, catalogue: Catalogue, rows: I32, now_ms: int) -> Bools:
-        """Return which rows may not be shown at ``now_ms``, bool of their shape."""
+        """Return which rows may not be shown at ``now_ms``, bool of their shape; any value for padding."""
         refused = (
             np.zeros(rows.shape, np.bool_) if self.allowed.is_empty else ~self.allowed.mask(catalogue, rows, now_ms)
         )
@@ -124,7 +124,7 @@ class RulesConfig(BaseModel):
         return refused
 
     def boost(self, catalogue: Catalogue, rows: I32, now_ms: int) -> F32:
-        """Return what is added to the score of each row, float32 of their shape."""
+        """Return what is added to the score of each row, float32 of their shape; any value for padding."""
         added = np.zeros(rows.shape, np.float32)
         for rule in self.boosts.values():
             added += rule.mask(catalogue, rows, now_ms) * np.float32(rule.boost)

@@ -198,5 +198,5 @@ matches = st.builds(
 def test_the_mask_over_the_catalogue_says_what_the_record_says(item: Item, match: ItemMatch) -> None:
     world = World()
     row = world.catalogue.upsert(item)
-    found = match.mask(world.catalogue, np.array([row, -1], np.int32), NOW_MS).tolist()
-    assert found == [match.fits(item, NOW_MS), False]
+    found = match.mask(world.catalogue, np.array([row], np.int32), NOW_MS).tolist()
+    assert found == [match.fits(item, NOW_MS)]
