@@ -286,7 +286,7 @@ class Recommender:
         """Return what is found for each request, and put into ``offers`` what is pinned and drawn."""
         width, size = batch.width, len(batch.requests)
         found = search_tastes(self._vector_index, tastes, active, max(1, 3 * width // 4))
-        whole = Pool(np.full((size, width), -1, np.int32), np.zeros((size, width), np.int8))
+        pools = []
         for offer in offers:
             at, plan = offer.part.at, offer.part.plan
             own = active[at]
@@ -308,9 +308,12 @@ class Recommender:
             offer.drawn = draw_slots(new, plan.fresh_slots, seeds, ~not_new, batch.ks[at].tolist())
             if offer.drawn is not None:
                 pin(pool, offer.drawn.rows, offer.drawn.rows < 0, FRESH)
-            if len(offers) == 1:
-                return pool
-            whole.rows[at], whole.sources[at] = pool.rows, pool.sources
+            pools.append(pool)
+        if len(pools) == 1:
+            return pools[0]
+        whole = Pool(np.empty((size, width), np.int32), np.empty((size, width), np.int8))
+        for offer, pool in zip(offers, pools, strict=True):
+            whole.rows[offer.part.at], whole.sources[offer.part.at] = pool.rows, pool.sources
         return whole
 
     def _others(self, quotas: Quotas, liked: I32, width: int, now_ms: int) -> list[Source]:
