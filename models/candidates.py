@@ -378,7 +378,8 @@ def _order_of_turns(each: tuple[tuple[int, int, float, float], ...]) -> tuple[np
 def pin(pool: Pool, pinned: I32, refused: Bools, source: int = PINNED) -> None:
     """Put the pinned rows [B, P] that are not refused [B, P] into the pool, instead of its last ones if it is full.
 
-    A request's pinned rows are different ones; what has no place in its pool is left out.
+    A request's pinned rows are different ones; what has no place in its pool is left out. What an earlier call pinned
+    stays.
     """
     width = pool.rows.shape[1]
     wanted = ~refused
@@ -394,7 +395,7 @@ def pin(pool: Pool, pinned: I32, refused: Bools, source: int = PINNED) -> None:
         every, column = np.arange(len(pinned)), np.arange(width)
         # Free places first, from the front; then those of the last candidates.
         worth = np.where(pool.rows < 0, 2 * width - column, column)
-        worth[taken] = -1
+        worth[taken | (pool.sources == PINNED)] = -1
         for p in np.flatnonzero(missing.any(axis=0)).tolist():
             best = worth.argmax(axis=1)
             at = np.flatnonzero(missing[:, p] & (worth[every, best] >= 0))

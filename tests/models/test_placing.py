@@ -8,7 +8,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from models.candidates import PINNED, Pool, pin, pinned_first
+from models.candidates import FRESH, PINNED, Pool, pin, pinned_first
 from models.fresh_slots import Drawn, FreshSlots, place
 
 NAN = float("nan")
@@ -41,6 +41,14 @@ def test_a_refused_pinned_item_changes_nothing() -> None:
     pin(pool, np.array([[9]], np.int32), np.ones((1, 1), np.bool_))
     assert pool.rows.tolist() == [[1, 2, -1, -1, -1, -1]]
     assert not pool.sources.any()
+
+
+def test_drawn_items_do_not_take_the_place_of_pinned_ones_in_a_full_pool() -> None:
+    pool = pool_of([1, 2, 3, 4, 5, 6], [1, 2, 3, 4])
+    pin(pool, np.array([[9], [9]], np.int32), np.zeros((2, 1), np.bool_))
+    pin(pool, np.array([[7, 8], [7, 8]], np.int32), np.zeros((2, 2), np.bool_), FRESH)
+    assert pool.rows.tolist() == [[1, 2, 3, 8, 7, 9], [1, 2, 3, 8, 9, 7]]
+    assert (pool.sources == PINNED).tolist() == [[False] * 5 + [True], [False] * 4 + [True, False]]
 
 
 @given(st.lists(st.tuples(ROWS, ROWS, st.integers(0, 6)), min_size=1, max_size=4))
