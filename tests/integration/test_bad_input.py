@@ -122,7 +122,7 @@ def good(user_id: str, value: bytes, headers: Headers = ()) -> Bad:
 
 async def play(on: World) -> Scene:
     """Mix the bad records with good ones, let a worker process them, and look."""
-    between = [Bad("", value, key=key) for key, value in traffic(6 * len(BAD), 20, on.item_ids)]
+    between = [Bad("", value, key=key) for key, value in traffic(on, 6 * len(BAD), 20)]
     mixed: list[Bad] = []
     for number, bad in enumerate(BAD.values()):
         mixed += [*between[6 * number : 6 * number + 6], bad]

@@ -76,7 +76,7 @@ async def test_a_broker_absent_at_start_and_then_gone_for_a_minute_costs_nothing
     kafka = {"bootstrap_servers": cluster.bootstrap_servers}
     worker = {"restart_backoff_max_seconds": 2.0, "batch_max_events": 32}
     async with world(settings_with, tmp_path, kafka=kafka, worker=worker) as on:
-        await on.publish(traffic(300, 40, on.item_ids, seed=1))
+        await on.publish(traffic(on, 300, 40, seed=1))
         await asyncio.to_thread(cluster.stop)
         async with supervised(on, tmp_path) as child:
             await asyncio.sleep(ABSENT_SECONDS)
@@ -86,10 +86,10 @@ async def test_a_broker_absent_at_start_and_then_gone_for_a_minute_costs_nothing
             assert set(child.codes) == {ExitCode.BROKER}
 
             written = sum((await on.end_offsets(on.names.user_table_changelog)).values())
-            await on.publish(traffic(1_000, 40, on.item_ids, seed=2))
+            await on.publish(traffic(on, 1_000, 40, seed=2))
             await some_written(on, written + 20)
             await outage(cluster, OUTAGE_SECONDS)
-            await on.publish(traffic(100, 40, on.item_ids, seed=3))
+            await on.publish(traffic(on, 100, 40, seed=3))
             await assert_exact(on)
 
 
@@ -114,10 +114,10 @@ async def test_the_leader_of_three_brokers_killed_under_load_costs_nothing(
     kafka = {"bootstrap_servers": cluster.bootstrap_servers}
     replicated = {"replication_factor": 3, "min_insync_replicas": 2}
     async with world(settings_with, tmp_path, kafka=kafka, topics=replicated, worker={"batch_max_events": 32}) as on:
-        await on.publish(traffic(1_500, 60, on.item_ids, seed=1))
+        await on.publish(traffic(on, 1_500, 60, seed=1))
         async with supervised(on, tmp_path):
             await some_written(on, 50)
             leader = await leader_of(on, on.names.events, 0)
             cluster.nodes[leader].kill()
-            await on.publish(traffic(300, 60, on.item_ids, seed=2))
+            await on.publish(traffic(on, 300, 60, seed=2))
             await assert_exact(on)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import shutil
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,32 +23,12 @@ from streams import item_vectors
 from tests.integration.announcer import Announcer, bundle_contents, ctr_of, damage
 from tests.integration.conftest import SettingsWith, read_topic, wait_until
 from tests.integration.oracle import GENERATION, SPACE, assert_exact, changelog_rows
-from tests.integration.traffic import traffic
+from tests.integration.traffic import load, traffic
 from tests.integration.workers import BASE_DIM, Record, WorkerProcess, World, encoder_id, now_ms, record, world
 
 pytestmark = pytest.mark.integration
 
 SWAPS = 10
-
-
-@asynccontextmanager
-async def load(on: World, seed: int) -> AsyncIterator[None]:
-    """Publish about a hundred events a second as long as the block lasts."""
-    stop = asyncio.Event()
-
-    async def run() -> None:
-        number = seed * 1_000
-        while not stop.is_set():
-            await on.publish(traffic(20, 60, on.item_ids, seed=number))
-            number += 1
-            await asyncio.sleep(0.2)
-
-    task = asyncio.create_task(run())
-    try:
-        yield
-    finally:
-        stop.set()
-        await task
 
 
 def versions(*numbers: int) -> frozenset[str]:
@@ -249,7 +227,7 @@ async def test_a_worker_that_cannot_have_the_live_bundle_starts_on_the_bootstrap
 
         sound = announcer.publish(bundle_contents(on, 2, new_space=True))
         await announcer.wait_live("v2", await announcer.announce_live("v2", sound), workers=1)
-        await on.publish(traffic(100, 10, on.item_ids, seed=1))
+        await on.publish(traffic(on, 100, 10, seed=1))
         await assert_exact(on, versions=frozenset({"v2"}), apart_from=SPACE)
 
 
@@ -260,7 +238,7 @@ async def test_a_worker_that_lags_behind_serves_the_rows_of_a_newer_space_but_do
         announcer = Announcer(on, tmp_path / "made")
         ahead = await on.ready_worker("ahead")
         generation = await announcer.swap(bundle_contents(on, 1, new_space=True), workers=1)
-        await on.publish(traffic(300, 20, on.item_ids, seed=1))
+        await on.publish(traffic(on, 300, 20, seed=1))
         await on.wait_committed()
         written, _ = await changelog_rows(on)
         assert {space_of(row) for row in written.values()} == {(hash64("space-v1"), generation)}
@@ -271,7 +249,7 @@ async def test_a_worker_that_lags_behind_serves_the_rows_of_a_newer_space_but_do
         remove_cache(on)
         behind = await on.ready_worker("behind")
         assert await served_by(behind) == BOOTSTRAP_VERSION
-        await on.publish(traffic(300, 20, on.item_ids, seed=2))
+        await on.publish(traffic(on, 300, 20, seed=2))
         await on.wait_committed()
         touched, _ = await changelog_rows(on)
         assert touched.keys() == written.keys()

@@ -26,7 +26,7 @@ async def test_three_kills_under_load_lose_nothing_and_apply_nothing_twice(
     # Commits far more often than batches end: an offset that is committed too early is lost at one of the kills.
     async with world(settings_with, tmp_path, worker={"commit_interval_seconds": 0.01}) as on:
         for round_number in range(3):
-            await on.publish(traffic(1_500, 150, on.item_ids, seed=round_number))
+            await on.publish(traffic(on, 1_500, 150, seed=round_number))
             written = await changelog_records(on)
             worker = on.worker(f"worker-{round_number}")
 
@@ -38,7 +38,7 @@ async def test_three_kills_under_load_lose_nothing_and_apply_nothing_twice(
             ends = await on.end_offsets(on.names.events)
             assert sum((await on.committed()).values()) < sum(ends.values()), "killed too late: nothing was left to do"
         await on.ready_worker("last")
-        await on.publish(traffic(300, 50, on.item_ids, seed=9))
+        await on.publish(traffic(on, 300, 50, seed=9))
         await assert_exact(on)
 
 
@@ -48,7 +48,7 @@ async def test_a_death_between_a_row_and_its_slate_loses_neither_and_a_repeated_
 ) -> None:
     async with world(settings_with, tmp_path) as on:
         click = {"type": "action", "event_id": "e-1", "user_id": user, "item_id": "item-1", "action": "click"}
-        await on.publish([*traffic(50, 10, on.item_ids), record(click | {"event_time": now_ms()})])
+        await on.publish([*traffic(on, 50, 10), record(click | {"event_time": now_ms()})])
         assert await on.worker("cut-off", "tests.integration.faulty_worker").exit_code() == -signal.SIGKILL
         await on.ready_worker("next")
         await assert_exact(on)

@@ -14,8 +14,8 @@ from models.user_value import has_block, split_value
 from tests.integration.conftest import SettingsWith, read_topic, wait_until
 from tests.integration.label_oracle import sent_labels
 from tests.integration.oracle import assert_exact
-from tests.integration.test_takeover import load, wait_processing
-from tests.integration.traffic import traffic
+from tests.integration.test_takeover import wait_processing
+from tests.integration.traffic import load, traffic
 from tests.integration.workers import World, now_ms, record, world
 
 pytestmark = pytest.mark.integration
@@ -65,7 +65,7 @@ async def test_a_death_between_a_row_and_the_label_that_it_closed_loses_neither(
     async with world(settings_with, tmp_path) as on:
         long_ago = now_ms() - 10 * 3_600_000
         log = [shown(cut, ["item-1", "item-2"], long_ago), clicked(cut, "item-2", long_ago + 5_000)]
-        await on.publish([*traffic(50, 10, on.item_ids), *log, clicked(cut, "item-1", now_ms())])
+        await on.publish([*traffic(on, 50, 10), *log, clicked(cut, "item-1", now_ms())])
         assert await on.worker("cut-off", "tests.integration.faulty_worker").exit_code() == -signal.SIGKILL
         assert await labels_of(on, cut) == []
         await on.ready_worker("next")

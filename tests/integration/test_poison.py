@@ -47,13 +47,13 @@ def scene(kafka: str, tmp_path_factory: pytest.TempPathFactory) -> Scene:
         async with world(settings_maker(folder, lambda: kafka), folder) as on:
             await on.publish(
                 [
-                    *traffic(100, 20, on.item_ids),
+                    *traffic(on, 100, 20),
                     record(click("unlucky", "item-1")),
                     record(click("unlucky", "poison")),
                     record(click("unlucky", "item-2")),
                     record(click("only-poison", "poison")),
                     record(click("unrankable", "item-3")),
-                    *traffic(100, 20, on.item_ids, seed=2),
+                    *traffic(on, 100, 20, seed=2),
                 ]
             )
             worker = await on.ready_worker("faulty", FAULTY)
@@ -103,7 +103,7 @@ async def test_an_event_that_kills_the_process_again_and_again_is_set_aside(
 ) -> None:
     async with world(settings_with, tmp_path, worker={"poison_deaths": 2}) as on:
         deadly = click("victim", "deadly")
-        await on.publish([*traffic(60, 10, on.item_ids), record(deadly), *traffic(60, 10, on.item_ids, seed=2)])
+        await on.publish([*traffic(on, 60, 10), record(deadly), *traffic(on, 60, 10, seed=2)])
         prepared = on.worker("prepared", FAULTY)
         prepared.kill()
         environment(prepared.settings, tmp_path / "child")

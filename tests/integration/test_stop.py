@@ -23,7 +23,7 @@ async def test_sigterm_under_load_finishes_the_batch_flushes_commits_and_exits_w
     settings_with: SettingsWith, tmp_path: Path
 ) -> None:
     async with world(settings_with, tmp_path, worker={"batch_max_events": 32}) as on:
-        await on.publish(traffic(1_500, 100, on.item_ids))
+        await on.publish(traffic(on, 1_500, 100))
         worker = on.worker("stopped")
 
         async def under_way() -> bool:
@@ -97,7 +97,7 @@ async def test_a_worker_whose_supervisor_is_killed_stops_in_order(settings_with:
             return await shell.is_ready()
 
         await wait_until(ready, 90, "the worker under the parent is ready")
-        await on.publish(traffic(100, 20, on.item_ids))
+        await on.publish(traffic(on, 100, 20))
         shell.send(signal.SIGKILL)
 
         async def gone() -> bool:

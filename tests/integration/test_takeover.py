@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
 import signal
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
@@ -15,30 +12,10 @@ from streams.sender import Outbox
 from streams.topic_io import TopicWriter
 from tests.integration.conftest import SettingsWith, wait_until
 from tests.integration.oracle import assert_exact, changelog_rows
-from tests.integration.traffic import traffic
+from tests.integration.traffic import load, traffic
 from tests.integration.workers import WorkerProcess, World, world
 
 pytestmark = pytest.mark.integration
-
-
-@asynccontextmanager
-async def load(on: World, seed: int) -> AsyncIterator[None]:
-    """Publish about a hundred events a second as long as the block lasts."""
-    stop = asyncio.Event()
-
-    async def run() -> None:
-        number = seed * 1_000
-        while not stop.is_set():
-            await on.publish(traffic(20, 60, on.item_ids, seed=number))
-            number += 1
-            await asyncio.sleep(0.1)
-
-    task = asyncio.create_task(run())
-    try:
-        yield
-    finally:
-        stop.set()
-        await task
 
 
 async def processed(worker: WorkerProcess) -> float:
@@ -87,10 +64,10 @@ async def test_a_late_write_of_a_former_owner_is_overwritten_by_the_owner_and_by
 ) -> None:
     async with world(settings_with, tmp_path) as on:
         owner = await on.ready_worker("owner")
-        await on.publish(traffic(200, 20, on.item_ids, seed=1))
+        await on.publish(traffic(on, 200, 20, seed=1))
         await on.wait_committed()
         stale, _ = await changelog_rows(on)
-        await on.publish(traffic(200, 20, on.item_ids, seed=2))
+        await on.publish(traffic(on, 200, 20, seed=2))
         await on.wait_committed()
         await assert_exact(on)
 

@@ -21,14 +21,14 @@ async def test_a_recreated_events_topic_ends_the_worker_and_the_next_one_reads_a
 ) -> None:
     async with world(settings_with, tmp_path) as on:
         worker = await on.ready_worker()
-        await on.publish(traffic(60, 20, on.item_ids, seed=1))
+        await on.publish(traffic(on, 60, 20, seed=1))
         await assert_exact(on)
         before = await expected(on)
 
         await delete_topics(on.settings, [on.names.events])
         await topics.create(on.settings)
         # More than the deleted topic held: what was committed there would be a place in the middle of this one.
-        await on.publish(traffic(400, 20, on.item_ids, seed=2))
+        await on.publish(traffic(on, 400, 20, seed=2))
 
         code = await worker.exit_code(60)
         assert code == ExitCode.TOPIC_RECREATED

@@ -64,11 +64,11 @@ async def test_committed_events_count_aborted_ones_do_not_and_both_hold_up_no_co
         await publish_in_transaction(on, [record(click("sure", n)) for n in range(5)], commit=True)
         await publish_in_transaction(on, [record(click("torn", n)) for n in range(5)], commit=False)
         # The last record of each partition must be an event: only of those is the offset committed.
-        await on.publish(traffic(200, 100, on.item_ids))
+        await on.publish(traffic(on, 200, 100))
         await assert_exact(on)
         worker.kill()
         await on.ready_worker("next")
-        await on.publish(traffic(50, 20, on.item_ids, seed=2))
+        await on.publish(traffic(on, 50, 20, seed=2))
         await assert_exact(on)
         rows, _ = await changelog_rows(on)
         users = {key for _, key in rows}

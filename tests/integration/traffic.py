@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
-from collections.abc import Sequence
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
 
-from tests.integration.workers import Record, now_ms, record
+from tests.integration.workers import Record, World, now_ms, record
 
-SPAN_MS = 10 * 3_600_000
-"""Event times of a log lie within this long before now: attribution windows close in it."""
+SPAN_MS = 5 * 3_600_000
+"""How much event time one call covers: attribution windows close in it."""
+LOAD_SPAN_MS = 100_000
+"""The same for each part of a load."""
 
 
-def traffic(count: int, users: int, item_ids: Sequence[str], *, seed: int = 1) -> list[Record]:
+def traffic(on: World, count: int, users: int, *, seed: int = 1, span_ms: int = SPAN_MS) -> list[Record]:
     """Return ``count`` records of ``users`` users in the order of their event times.
 
     Half are impressions, a third are actions (most on an item shown last), the rest are requests; one in fifty is a
-    client's retry of an earlier event under its old id.
+    client's retry of an earlier event under its old id. Event time goes on from call to call, never past now: where it
+    went back by hours, housekeeping would remove impressions, as behind every correction, that the oracle still
+    corrects.
     """
     rng = random.Random(seed)
-    start_ms = now_ms() - SPAN_MS
+    item_ids = on.item_ids
+    start_ms = on.traffic_ms
+    span_ms = max(0, min(span_ms, now_ms() - start_ms))
+    on.traffic_ms += span_ms
     shown: dict[str, list[str]] = {}
     events: list[dict[str, Any]] = []
     for number in range(count):
@@ -29,7 +38,7 @@ def traffic(count: int, users: int, item_ids: Sequence[str], *, seed: int = 1) -
         user = f"user-{rng.randrange(users)}"
         event: dict[str, Any] = {
             "event_id": f"{seed}-{number}",
-            "event_time": start_ms + number * SPAN_MS // count,
+            "event_time": start_ms + number * span_ms // count,
             "user_id": user,
         }
         kind = rng.random()
@@ -44,3 +53,23 @@ def traffic(count: int, users: int, item_ids: Sequence[str], *, seed: int = 1) -
             event |= {"type": "request", "request_id": f"r-{seed}-{number}", "k": rng.randint(1, 10)}
         events.append(event)
     return [record(event) for event in events]
+
+
+@asynccontextmanager
+async def load(on: World, seed: int) -> AsyncIterator[None]:
+    """Publish about a hundred events a second as long as the block lasts."""
+    stop = asyncio.Event()
+
+    async def run() -> None:
+        number = seed * 1_000
+        while not stop.is_set():
+            await on.publish(traffic(on, 20, 60, seed=number, span_ms=LOAD_SPAN_MS))
+            number += 1
+            await asyncio.sleep(0.15)
+
+    task = asyncio.create_task(run())
+    try:
+        yield
+    finally:
+        stop.set()
+        await task

@@ -41,6 +41,8 @@ from tests.integration.conftest import REPOSITORY, SettingsWith, delete_topics, 
 
 READY_SECONDS = 90.0
 BASE_DIM = 384
+TRAFFIC_BEGINS_MS = 23 * 3_600_000
+"""How long before now made-up traffic begins: less than what the live clock policy moves up."""
 JSON: Headers = (("content-type", b"application/json"),)
 
 Record = tuple[bytes | None, bytes | None]
@@ -160,6 +162,8 @@ class World:
         self.folder = folder
         self.item_ids = list(item_ids)
         self.workers: list[WorkerProcess] = []
+        self.traffic_ms = now_ms() - TRAFFIC_BEGINS_MS
+        """Event time that the made-up traffic has reached."""
 
     def worker(self, name: str = "worker", module: str = "streams.worker") -> WorkerProcess:
         """Start a worker and return it at once."""
