@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
@@ -97,6 +98,41 @@ class CommittedThread(AIOKafkaConsumerThread):  # type: ignore[misc]
         consumer._isolation_level = ISOLATION_LEVEL
         return consumer
 
+    async def seek_to_committed(self) -> dict[Any, int | None]:
+        """Seek every partition to its next offset and return them; None for one of another topic that has none."""
+        offsets: dict[Any, int | None] = await self.call_thread(self._seek_to_next)
+        return offsets
+
+    async def _seek_to_next(self) -> dict[Any, int | None]:
+        """Seek to the committed offsets, and partitions of events that have none to their beginning.
+
+        aiokafka leaves those where they stand: what was fetched for a new generation by a call of the old one, and
+        dropped, would never be read if the rebalance came before the partition's first commit.
+        """
+        consumer = self._ensure_consumer()
+        offsets: dict[Any, int | None] = dict(await consumer.seek_to_committed())
+        unread = [tp for tp, offset in offsets.items() if not offset and tp.topic == self.app.events_topic_name]
+        begins = await consumer.beginning_offsets(unread) if unread else {}
+        for tp, begin in begins.items():
+            offsets[tp] = begin
+            if tp in consumer.assignment():
+                consumer.seek(tp, begin)
+        return offsets
+
+
+class _Offset(int):
+    """An offset that is always true: Faust asks whether the last one read is, and 0 would be none."""
+
+    def __bool__(self) -> bool:
+        return True
+
+
+class _LastRead(defaultdict[Any, Any]):
+    """The last offset read of each partition, None where none was."""
+
+    def __setitem__(self, tp: Any, offset: int | None) -> None:
+        super().__setitem__(tp, None if offset is None else _Offset(offset))
+
 
 class DirectConsumer(Consumer):  # type: ignore[misc]
     """Consumer whose hand-over to the queue costs no task per message.
@@ -106,6 +142,10 @@ class DirectConsumer(Consumer):  # type: ignore[misc]
     """
 
     is_rewound = False
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._read_offset: defaultdict[Any, Any] = _LastRead(lambda: None)
 
     def _new_consumer_thread(self) -> CommittedThread:
         return CommittedThread(self, loop=self.loop, beacon=self.beacon)
@@ -124,6 +164,29 @@ class DirectConsumer(Consumer):  # type: ignore[misc]
     async def _commit(self, offsets: Any) -> bool:
         """Commit, unless the offsets were rewound."""
         return False if self.is_rewound else bool(await super()._commit(offsets))
+
+    async def perform_seek(self) -> None:
+        """Seek all partitions to their next offsets, and read and commit on from there.
+
+        ``_read_offset`` holds the last offset that was read, here too: Faust leaves the next one in it, and takes a
+        hole that begins there, such as the end of a transaction, for none.
+        """
+        for tp, offset in (await self.seek_to_committed()).items():
+            self._read_offset[tp] = None if offset is None else offset - 1
+            if offset is not None:
+                self._committed_offset[tp] = offset
+
+    def _new_offset(self, tp: Any) -> int | None:
+        """Return the next offset to commit; None while the one that is committed was not acknowledged.
+
+        Faust commits past one missing offset, and past any number of them where nothing is committed yet.
+        """
+        committed, gap = self._committed_offset[tp], self._gap[tp]
+        done = [min(self._acked[tp]), *([gap.begin()] if gap else [])] if self._acked[tp] else []
+        if committed is not None and done and min(done) > committed:
+            return None
+        offset: int | None = super()._new_offset(tp)
+        return offset
 
     async def _wait_next_records(self, timeout: float) -> tuple[Any, Any]:
         """Fetch from the partitions that are not held back; look again at once when the queue has room.
@@ -156,7 +219,12 @@ class DirectConsumer(Consumer):  # type: ignore[misc]
             log.error("events_deleted_before_read", partition=tp.partition, first=offset_from, next=offset_to)
             self._committed_offset[tp] = offset_to
             return
-        await super()._add_gap(tp, offset_from, offset_to)
+        offset_from = max(offset_from, self._committed_offset[tp] or 0)
+        if offset_from < offset_to:
+            # Faust's gap contains the message behind it, which is only about to be processed.
+            self._gap[tp].addi(offset_from, offset_to)
+            await asyncio.sleep(0)
+            self._gap[tp].merge_overlaps(strict=False)
 
     async def wait_first(self, *coros: Any, timeout: Any = None) -> Any:
         """Run a lone hand-over coroutine directly as long as it does not block; else as Faust does."""

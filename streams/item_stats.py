@@ -28,7 +28,7 @@ from aiokafka.errors import KafkaError
 from models.counters import HALF_LIVES, KINDS, TOUCHED, Absolute, Checkpoint, CountersConfig, ItemCounters, TouchBatch
 from models.errors import BrokerUnavailable, RecordError
 from models.item_index import UNKNOWN, ItemIndex
-from models.partition_counters import Int64
+from models.partition_counters import Int32, Int64
 from streams.decode import Decoded, decode
 from streams.kafka_clients import new_consumer
 from streams.mirror import Mirror, Record
@@ -220,6 +220,8 @@ class ItemStats:
         self._is_refused = is_refused
         self._writer = secrets.randbits(63)
         self._checkpoints: dict[int, CheckpointRecord] = {}
+        self._ahead: dict[int, dict[int, ItemRecord]] = {}
+        """By partition and row, what another process published of a partition that is owned here, and contains more."""
         self._written: dict[int, tuple[float, Checkpoint]] = {}
         self._taking_over: set[int] = set()
         self._lock = asyncio.Lock()
@@ -261,7 +263,28 @@ class ItemStats:
             if foreign:
                 rows = np.array(list(foreign), np.int32)
                 self._counters.touch_again(partition, rows, np.array([self._last(i) for i in foreign.values()]))
+                self._keep_ahead(partition, rows, foreign)
             return
+        self._mirror(partition, items)
+
+    def _keep_ahead(self, partition: int, rows: Int32, foreign: dict[int, ItemRecord]) -> None:
+        """Keep what contains more than is counted here: the next owner may publish before this one hears of it.
+
+        It is applied when the partition is released, for it is never read again.
+        """
+        ahead = self._ahead.setdefault(partition, {})
+        for row, contained in zip(rows.tolist(), self._counters.last_offsets(partition, rows).tolist(), strict=True):
+            held = self._last(ahead[row]) if row in ahead else contained
+            if self._last(foreign[row]) > held:
+                ahead[row] = foreign[row]
+
+    def _release(self, partition: int) -> None:
+        self._counters.release(partition)
+        ahead = self._ahead.pop(partition, {})
+        if ahead:
+            self._mirror(partition, ahead)
+
+    def _mirror(self, partition: int, items: dict[int, ItemRecord]) -> None:
         found = items.values()
         self._counters.replace(
             partition,
@@ -381,7 +404,7 @@ class ItemStats:
         """Stop counting and publishing these partitions; their counts stay, mirrored from now on."""
         async with self._lock:
             for partition in partitions:
-                await self._state.run(self._counters.release, partition)
+                await self._state.run(self._release, partition)
                 self._written.pop(partition, None)
 
     async def take_over(self, partition: int, up_to_offset: int) -> TakenOver:
@@ -400,7 +423,7 @@ class ItemStats:
             begin = await self._state.run(self._begin, partition)
             events, touches = await self._reread(consumer, partition, begin, up_to_offset)
         except (KafkaError, OSError) as error:
-            await self._state.run(self._counters.release, partition)
+            await self._state.run(self._release, partition)
             raise BrokerUnavailable(
                 f"the counters of partition {partition} were not taken over: {error!r}; nothing is lost, try again"
             ) from error

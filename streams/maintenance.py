@@ -75,11 +75,8 @@ class CommitWatch:
 
 
 def next_offsets(read: Mapping[int, int | None], committed: Mapping[int, int]) -> dict[int, int]:
-    """Return the next offset to read of each partition, from Faust's ``_read_offset``.
-
-    That holds the last offset read while events flow, but the committed one, which is the next, after a seek.
-    """
-    return {p: o if o == committed.get(p) else o + 1 for p, o in read.items() if o is not None}
+    """Return the next offset to read of each partition, from the last ones read, which lag behind a seek by one."""
+    return {p: max(o + 1, committed.get(p, 0)) for p, o in read.items() if o is not None}
 
 
 def may_be_replayed(value: bytes, epoch: int, next_offset: int) -> bool:
@@ -340,7 +337,7 @@ class Maintenance:
                 watch = CommitWatch()
                 continue
             topic = worker.names.events
-            done = {tp.partition: o for tp, o in consumer._committed_offset.items() if tp.topic == topic and o}
+            done = self._committed()
             read = next_offsets({tp.partition: o for tp, o in consumer._read_offset.items() if tp.topic == topic}, done)
             for partition, offset in worker.handed.items():
                 if partition in read:
@@ -352,6 +349,10 @@ class Maintenance:
                 if not worker.failure.done():
                     worker.failure.set_result(ExitCode.STUCK)
                 return
+
+    def _committed(self) -> dict[int, int]:
+        topic, offsets = self._worker.names.events, self._worker.app.consumer._committed_offset
+        return {tp.partition: offset for tp, offset in offsets.items() if tp.topic == topic and offset is not None}
 
     async def report(self) -> None:
         """Keep the gauges current."""
@@ -384,12 +385,12 @@ class Maintenance:
             return
         consumer = worker.app.consumer
         try:
+            events = [tp for tp in consumer.assignment() if tp.topic == worker.names.events]
+            read = next_offsets({tp.partition: consumer._read_offset.get(tp) for tp in events}, self._committed())
             lags = {
-                tp.partition: max(0, end - read - 1)
-                for tp in consumer.assignment()
-                if tp.topic == worker.names.events
-                and (end := consumer.highwater(tp)) is not None
-                and (read := consumer._read_offset.get(tp)) is not None
+                tp.partition: max(0, end - read[tp.partition])
+                for tp in events
+                if (end := consumer.highwater(tp)) is not None and tp.partition in read
             }
         except (ConsumerNotStarted, AssertionError, IllegalStateError):
             return

@@ -2,11 +2,12 @@
 
 An event on the item "poison" raises in the update of rows, one on "deadly" kills the process there, and a slate for
 a user whose id begins with "unrankable" raises in ranking. The batch of the user "row-only" is cut off by a death when
-only its rows are written, that of "slate-only" when only its slates are.
+only its rows are written, that of "slate-only" when only its slates are. That of "slow" takes SLOW_SECONDS to send.
 """
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 from collections.abc import Sequence
@@ -17,6 +18,8 @@ from models.recommender import Recommender
 from models.user_state import UserEvent
 from streams import pipeline, worker
 from streams.sender import Delivered, Outbox, Sender
+
+SLOW_SECONDS = 4.0
 
 
 def main() -> None:
@@ -49,6 +52,8 @@ def _cut_batches_off() -> None:
 
     async def faulty_send(self: Sender, outbox: Outbox) -> list[Delivered]:
         keys = {key for records in outbox.records.values() for key, _, _ in records}
+        if b"slow" in keys:
+            await asyncio.sleep(SLOW_SECONDS)
         ending = "-changelog" if b"row-only" in keys else ".recommendations.v1" if b"slate-only" in keys else None
         if ending is None:
             return await send(self, outbox)

@@ -48,16 +48,18 @@ def test_a_partition_that_went_away_is_forgotten() -> None:
     assert watch.oldest_seconds({0: 10}, {0: 5}, 100.0) == 0.0
 
 
-def test_after_a_seek_an_idle_partition_is_read_to_its_committed_offset_and_no_further() -> None:
-    # Faust's perform_seek leaves the committed offset, the next one to read, in _read_offset.
-    assert next_offsets({0: 38}, {0: 38}) == {0: 38}
+def test_the_next_offset_is_after_the_last_one_read() -> None:
+    assert next_offsets({0: 37, 1: 0, 2: None, 3: -1}, {0: 30, 3: 0}) == {0: 38, 1: 1, 3: 0}
 
 
-def test_while_events_flow_the_next_offset_is_after_the_last_one_read() -> None:
-    assert next_offsets({0: 37, 1: 0, 2: None}, {0: 30}) == {0: 38, 1: 1}
+def test_the_next_offset_is_never_behind_what_is_committed() -> None:
+    assert next_offsets({0: 37, 1: 37}, {0: 38, 1: 45}) == {0: 38, 1: 45}
 
 
 def test_a_partition_that_stays_idle_after_a_restart_never_counts_as_stuck() -> None:
     watch = CommitWatch()
-    ages = [watch.oldest_seconds(next_offsets({0: 38}, {0: 38}), {0: 38}, now) for now in (0.0, 60.0, 600.0)]
+    ages = [
+        watch.oldest_seconds(next_offsets({0: 37, 1: -1}, {0: 38, 1: 0}), {0: 38, 1: 0}, now)
+        for now in (0.0, 60.0, 600.0)
+    ]
     assert ages == [0.0, 0.0, 0.0]

@@ -230,6 +230,29 @@ async def test_records_of_an_owned_partition_do_not_change_it(state: StateThread
     assert owner.clicks("a") == 1
 
 
+async def test_what_the_next_owner_publishes_before_the_old_one_lets_go_is_not_lost_to_it(state: StateThread) -> None:
+    old, new = side(state), side(state)
+    for worker in (old, new):
+        worker.counters.own(0)
+    old.click("a")
+    new.click("a", "a", "b")
+    await new.stats.publish()
+    new.click("a", first_offset=3)
+    await new.stats.publish()
+    # Newest first: what is kept is what contains most, not what came last.
+    for written in reversed(new.sender.log):
+        await old.stats.apply([written])
+    assert (old.clicks("a"), old.clicks("b")) == (1, 0)
+    await old.stats.release([0])
+    assert (old.clicks("a"), old.clicks("b")) == (3, 1)
+    assert old.counters.grand_total(CLICKS, 0, T) == pytest.approx(4)
+
+    old.counters.own(0, Checkpoint(4, 0, T))
+    old.click("b", first_offset=4)
+    await old.stats.release([0])
+    assert (old.clicks("a"), old.clicks("b")) == (3, 2)
+
+
 async def test_late_writer_makes_the_owner_publish_item_and_checkpoint_again(state: StateThread) -> None:
     owner, late = side(state), side(state)
     for worker in (owner, late):
