@@ -65,6 +65,12 @@ class EncoderConfig(BaseModel):
         "auto", description="auto: what the model's 1_Pooling/config.json says, mean where there is none."
     )
     batch_texts: int = Field(16, ge=1, le=1_024, description="Texts in one forward pass.")
+    linger_seconds: float = Field(
+        0.3,
+        ge=0,
+        le=60,
+        description="How long a new item waits for others to be encoded with it: three at once cost a third less each.",
+    )
     threads: int = Field(1, ge=1, le=64, description="CPU threads of the encoder process.")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is one.")
     precision: Literal["auto", "float32", "bfloat16", "float16"] = Field(

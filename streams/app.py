@@ -8,7 +8,7 @@ from typing import Any
 import faust
 from faust.types.auth import SASLMechanism
 
-from streams.faust_patches import DirectConsumer, Fail, GatedTableManager, TakeOver
+from streams.faust_patches import CommittedOffsets, DirectConsumer, Fail, GatedTableManager, TakeOver
 from streams.kafka_clients import bootstrap_servers, ssl_context
 from streams.settings import Settings
 from streams.topics import TopicNames
@@ -22,10 +22,13 @@ COMMIT_EVERY_EVENTS = 10_000
 """Commits run on the timer: with the offset guard a repetition costs time, not correctness."""
 
 
-def build(settings: Settings, names: TopicNames, agent: Agent, take_over: TakeOver, fail: Fail) -> faust.App:
+def build(
+    settings: Settings, names: TopicNames, agent: Agent, take_over: TakeOver, committed: CommittedOffsets, fail: Fail
+) -> faust.App:
     """Return the app, not started.
 
-    ``take_over`` is called with the owned partitions before their events flow, ``fail`` with what ends the process.
+    ``take_over`` is called with the owned partitions before their events flow, ``committed`` for where these begin,
+    ``fail`` with what ends the process.
     """
     worker = settings.worker
     app: Any = faust.App(
@@ -59,6 +62,7 @@ def build(settings: Settings, names: TopicNames, agent: Agent, take_over: TakeOv
         datadir=str(worker.data_folder / "faust"),
     )
     app.take_over = take_over
+    app.committed_offsets = committed
     app.fail_worker = fail
     app.events_topic_name = names.events
     app.transport.Consumer = DirectConsumer

@@ -12,6 +12,8 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import structlog
+from aiokafka import TopicPartition
+from aiokafka.errors import KafkaError
 from faust.tables.manager import TableManager
 from faust.tables.recovery import Recovery, ServiceStopped
 from faust.transport.drivers.aiokafka import AIOKafkaConsumerThread, Consumer
@@ -26,9 +28,12 @@ TakeOver = Callable[[set[int], int], Awaitable[None]]
 
 Fail = Callable[[BaseException, str], None]
 """Ends the process because of an error in the place named."""
+CommittedOffsets = Callable[[set[int]], Awaitable[dict[int, int]]]
+"""Returns the group's committed offset of each of these ``events`` partitions, 0 where there is none."""
 HELD_BACK_SECONDS = 0.002
 SHORT_FETCH_SECONDS = 0.005
 UNASSIGNED_SECONDS = 0.2
+ASK_AGAIN_SECONDS = 0.2
 LARGE_GAP = 100_000
 """Offsets that are missing at once before it is said, and not put into Faust's list one by one."""
 
@@ -98,25 +103,19 @@ class CommittedThread(AIOKafkaConsumerThread):  # type: ignore[misc]
         consumer._isolation_level = ISOLATION_LEVEL
         return consumer
 
-    async def seek_to_committed(self) -> dict[Any, int | None]:
-        """Seek every partition to its next offset and return them; None for one of another topic that has none."""
-        offsets: dict[Any, int | None] = await self.call_thread(self._seek_to_next)
-        return offsets
+    async def seek_events(self, offsets: dict[TopicPartition, int]) -> dict[TopicPartition, int]:
+        """Seek to these offsets, where 0 is the first that the log still has, and return where each partition is."""
+        found: dict[TopicPartition, int] = await self.call_thread(self._seek_events, offsets)
+        return found
 
-    async def _seek_to_next(self) -> dict[Any, int | None]:
-        """Seek to the committed offsets, and partitions of events that have none to their beginning.
-
-        aiokafka leaves those where they stand: what was fetched for a new generation by a call of the old one, and
-        dropped, would never be read if the rebalance came before the partition's first commit.
-        """
+    async def _seek_events(self, offsets: dict[TopicPartition, int]) -> dict[TopicPartition, int]:
         consumer = self._ensure_consumer()
-        offsets: dict[Any, int | None] = dict(await consumer.seek_to_committed())
-        unread = [tp for tp, offset in offsets.items() if not offset and tp.topic == self.app.events_topic_name]
+        unread = [tp for tp, offset in offsets.items() if not offset]
         begins = await consumer.beginning_offsets(unread) if unread else {}
-        for tp, begin in begins.items():
-            offsets[tp] = begin
+        offsets = offsets | begins
+        for tp, offset in offsets.items():
             if tp in consumer.assignment():
-                consumer.seek(tp, begin)
+                consumer.seek(tp, offset)
         return offsets
 
 
@@ -142,6 +141,8 @@ class DirectConsumer(Consumer):  # type: ignore[misc]
     """
 
     is_rewound = False
+    _must_seek = False
+    _on_partitions_revoked: Any
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -166,15 +167,56 @@ class DirectConsumer(Consumer):  # type: ignore[misc]
         return False if self.is_rewound else bool(await super()._commit(offsets))
 
     async def perform_seek(self) -> None:
-        """Seek all partitions to their next offsets, and read and commit on from there.
+        """Seek all partitions of events to their next offsets, and read and commit on from there.
+
+        aiokafka's ``seek_to_committed`` takes a coordinator's refusal for a partition without a commit, and leaves such
+        a partition where it stands: what was fetched for a new generation by a call of the old one, and dropped, would
+        never be read if the rebalance came before the first commit.
 
         ``_read_offset`` holds the last offset that was read, here too: Faust leaves the next one in it, and takes a
         hole that begins there, such as the end of a transaction, for none.
         """
-        for tp, offset in (await self.seek_to_committed()).items():
-            self._read_offset[tp] = None if offset is None else offset - 1
-            if offset is not None:
-                self._committed_offset[tp] = offset
+        self._must_seek = True
+        topic = self.app.events_topic_name
+        committed = await self._committed({tp.partition for tp in self.assignment() if tp.topic == topic})
+        offsets = {TopicPartition(topic, partition): offset for partition, offset in committed.items()}
+        for tp, offset in (await self._thread.seek_events(offsets)).items():
+            self._read_offset[tp] = offset - 1
+            self._committed_offset[tp] = offset
+        self._must_seek = False
+
+    async def _committed(self, partitions: set[int]) -> dict[int, int]:
+        """Return the committed offsets, asked for until they are told; whoever waits for them has a time-out."""
+        committed: CommittedOffsets = self.app.committed_offsets
+        while True:
+            try:
+                return await committed(partitions)
+            except (KafkaError, OSError, BrokerUnavailable) as error:
+                log.warning("committed_offsets_unknown", error=repr(error))
+                await asyncio.sleep(ASK_AGAIN_SECONDS)
+
+    async def on_partitions_revoked(self, revoked: set[Any]) -> None:
+        """Commit what was acknowledged, then forget the partitions.
+
+        Faust forgets them first, and commits by what is acknowledged afterwards alone: past a hole before it.
+        """
+        books = (self._gap, self._acked, self._acked_index, self._committed_offset)
+        kept = [(book, {tp: book[tp] for tp in revoked if tp in book}) for book in books]
+        callback = self._on_partitions_revoked
+
+        async def with_books(partitions: set[Any]) -> None:
+            for book, pages in kept:
+                book.update(pages)
+            await callback(partitions)
+
+        self._on_partitions_revoked = with_books
+        try:
+            await super().on_partitions_revoked(revoked)
+        finally:
+            self._on_partitions_revoked = callback
+            for book in (*books, self._read_offset):
+                for tp in revoked:
+                    book.pop(tp, None)
 
     def _new_offset(self, tp: Any) -> int | None:
         """Return the next offset to commit; None while the one that is committed was not acknowledged.
@@ -197,6 +239,9 @@ class DirectConsumer(Consumer):  # type: ignore[misc]
         """
         if not self.flow_active:
             await self.wait(self.can_resume_flow)
+        if self._must_seek:
+            # A seek failed, and Faust only says so: what was dropped would be taken for a hole in the log.
+            await self.perform_seek()
         try:
             self.not_waiting_next_records.set()
             active = self._get_active_partitions()

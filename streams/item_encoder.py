@@ -18,7 +18,7 @@ import structlog
 from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, TopicPartition
 from aiokafka.errors import CommitFailedError, IllegalStateError, RebalanceInProgressError
 
-from models.encoder import item_text
+from models.encoder import EncoderConfig, item_text
 from models.errors import EncoderError, RecordError
 from models.events import ITEM_CODEC
 from models.hashing import hash64
@@ -39,6 +39,8 @@ FORGET_RECORDS: Final = 1_000
 """Encodings taken away between two looks at whether they still may be."""
 NOTHING: Final[Mapping[str, int]] = {}
 
+Place = tuple[int, str]
+"""(partition, item id)."""
 IsBrought = Callable[[str, int], bool]
 """Whether bundles bring the encoding of an item (id) whose text has a content hash."""
 
@@ -171,19 +173,22 @@ class ItemEncoder:
         self._topic = TopicNames.of(settings).item_vectors
         self._batch_texts = settings.encoder.batch_texts
 
-    async def handle(self, records: Iterable[Record], partition: int) -> None:
-        """Encode what is new in records of one partition and publish it to partition ``partition``.
+    async def handle(self, records: Mapping[int, Iterable[Record]]) -> None:
+        """Encode what is new in records by partition, and publish it to the same partitions of ``item-vectors``.
 
         Returns when the broker has acknowledged all of it. Raises DeliveryError.
         """
-        wanted, gone = self._changes(records, partition)
-        if gone:
-            await take_away(self._sender, self._topic, self._known, self.encoder_id, partition, gone)
+        wanted: dict[Place, str] = {}
+        for partition, read in records.items():
+            texts, gone = self._changes(read, partition)
+            wanted |= {(partition, item_id): text for item_id, text in texts.items()}
+            if gone:
+                await take_away(self._sender, self._topic, self._known, self.encoder_id, partition, gone)
         # By length, so that a batch is not padded to its one long text.
-        order = sorted(wanted, key=lambda item_id: len(wanted[item_id]))
+        order = sorted(wanted, key=lambda place: len(wanted[place]))
         for start in range(0, len(order), self._batch_texts):
             part = order[start : start + self._batch_texts]
-            await self._publish(await self._encode({i: wanted[i] for i in part}), partition)
+            await self._publish(await self._encode({place: wanted[place] for place in part}))
 
     def _changes(self, records: Iterable[Record], partition: int) -> tuple[dict[str, str], list[str]]:
         """Return the texts to encode by item, and the items whose encoding must go; the last record wins."""
@@ -215,27 +220,27 @@ class ItemEncoder:
                 wanted[item_id] = text
         return wanted, list(gone)
 
-    async def _encode(self, texts: dict[str, str]) -> dict[str, tuple[int, Any]]:
+    async def _encode(self, texts: dict[Place, str]) -> dict[Place, tuple[int, Any]]:
         try:
             vectors = await self._queue.encode(
                 list(texts.values()), urgent=False, using=self._encoder.encode, rank=self._rank()
             )
         except EncoderError as error:
             if len(texts) == 1:
-                log.error("item_not_encoded", item=next(iter(texts)), error=str(error))
+                log.error("item_not_encoded", item=next(iter(texts))[1], error=str(error))
                 return {}
             # One text must not cost the others of its batch their encodings.
-            singles = [await self._encode({item_id: text}) for item_id, text in texts.items()]
-            return {item_id: found for single in singles for item_id, found in single.items()}
-        return {i: (hash64(t), v) for (i, t), v in zip(texts.items(), vectors, strict=True)}
+            singles = [await self._encode({place: text}) for place, text in texts.items()]
+            return {place: found for single in singles for place, found in single.items()}
+        return {place: (hash64(t), v) for (place, t), v in zip(texts.items(), vectors, strict=True)}
 
-    async def _publish(self, encoded: dict[str, tuple[int, Any]], partition: int) -> None:
+    async def _publish(self, encoded: dict[Place, tuple[int, Any]]) -> None:
         outbox = Outbox()
-        for item_id, (hashed, vector) in encoded.items():
+        for (partition, item_id), (hashed, vector) in encoded.items():
             key = item_vectors.key(self.encoder_id, item_id)
             outbox.add(self._topic, partition, key, item_vectors.value(hashed, vector))
         await self._sender.send(outbox)
-        for item_id, (hashed, _) in encoded.items():
+        for (partition, item_id), (hashed, _) in encoded.items():
             self._known.set(self.encoder_id, partition, item_id, hashed)
         self.encoded += len(encoded)
 
@@ -269,25 +274,27 @@ async def run_lane(
     try:
         await consumer.start()
         consumer.subscribe([names.items], listener=_Assignment(partitions, lane))
-        await _consume(consumer, mirror, encoder, partitions.count, commits)
+        await _consume(consumer, mirror, encoder, settings, partitions.count, commits)
     finally:
         partitions.drop(lane)
         await consumer.stop()
 
 
 async def _consume(
-    consumer: AIOKafkaConsumer, mirror: Mirror, encoder: ItemEncoder, partitions: int, commits: bool
+    consumer: AIOKafkaConsumer, mirror: Mirror, encoder: ItemEncoder, settings: Settings, partitions: int, commits: bool
 ) -> None:
     """Handle ``items`` until cancelled; offsets are committed after delivery."""
     while True:
-        batches = await consumer.getmany(timeout_ms=500, max_records=MAX_RECORDS)
+        batches = await _read(consumer, settings.encoder)
         if not batches:
             continue
         # Else a restart would encode again what the part of the topic not read yet already holds.
         await mirror.caught_up.wait()
         began, before = time.monotonic(), encoder.encoded
+        by_partition: dict[int, list[Record]] = {}
         for tp, records in batches.items():
-            await encoder.handle(records, tp.partition % partitions)
+            by_partition.setdefault(tp.partition % partitions, []).extend(records)
+        await encoder.handle(by_partition)
         count = encoder.encoded - before
         if count:
             seconds = round(time.monotonic() - began, 2)
@@ -297,6 +304,16 @@ async def _consume(
         with contextlib.suppress(CommitFailedError, IllegalStateError, RebalanceInProgressError):
             # A partition that went to another process meanwhile: that one knows the encodings by their hashes.
             await consumer.commit({tp: records[-1].offset + 1 for tp, records in batches.items()})
+
+
+async def _read(consumer: AIOKafkaConsumer, config: EncoderConfig) -> dict[TopicPartition, list[Record]]:
+    """Return the next records; a few wait for others, as long as ``linger_seconds``."""
+    batches: dict[TopicPartition, list[Record]] = await consumer.getmany(timeout_ms=500, max_records=MAX_RECORDS)
+    if config.linger_seconds and 0 < sum(map(len, batches.values())) < config.batch_texts:
+        await asyncio.sleep(config.linger_seconds)
+        for tp, records in (await consumer.getmany(timeout_ms=0, max_records=MAX_RECORDS)).items():
+            batches.setdefault(tp, []).extend(records)
+    return batches
 
 
 class Forgetting:

@@ -28,7 +28,7 @@ from aiokafka.errors import KafkaError
 from models.counters import HALF_LIVES, KINDS, TOUCHED, Absolute, Checkpoint, CountersConfig, ItemCounters, TouchBatch
 from models.errors import BrokerUnavailable, RecordError
 from models.item_index import UNKNOWN, ItemIndex
-from models.partition_counters import Int32, Int64
+from models.partition_counters import Int64
 from streams.decode import Decoded, decode
 from streams.kafka_clients import new_consumer
 from streams.mirror import Mirror, Record
@@ -234,7 +234,7 @@ class ItemStats:
 
     def apply_now(self, records: Sequence[Record]) -> None:
         """Do what `apply` does, in the state thread."""
-        items: dict[int, ItemRecord] = {}
+        items: list[tuple[int, ItemRecord]] = []
         for record in records:
             if record.key is None or record.value is None:
                 continue
@@ -248,43 +248,52 @@ class ItemStats:
                 self.refused_records += 1
                 log.warning("item_stats_refused", partition=record.partition, offset=record.offset, error=str(error))
                 continue
-            held = items.get(row)
-            if row != UNKNOWN and (held is None or self._last(item) >= self._last(held)):
-                items[row] = item
-        if items:
-            self._replace(records[0].partition, items)
+            if row != UNKNOWN:
+                items.append((row, item))
+        if not items:
+            return
+        partition = records[0].partition
+        if partition in self._counters.owned():
+            self._see_foreign(partition, items)
+        else:
+            self._mirror(partition, items)
 
     def _last(self, item: ItemRecord) -> int:
         return item.last_offset if item.epoch == self._epoch else -1
 
-    def _replace(self, partition: int, items: dict[int, ItemRecord]) -> None:
-        if partition in self._counters.owned():
-            foreign = {row: item for row, item in items.items() if item.writer != self._writer}
-            if foreign:
-                rows = np.array(list(foreign), np.int32)
-                self._counters.touch_again(partition, rows, np.array([self._last(i) for i in foreign.values()]))
-                self._keep_ahead(partition, rows, foreign)
-            return
-        self._mirror(partition, items)
+    def _newest(self, items: Iterable[tuple[int, ItemRecord]]) -> dict[int, ItemRecord]:
+        """Return of each row the record that contains most, of equals the last."""
+        newest: dict[int, ItemRecord] = {}
+        for row, item in items:
+            if row not in newest or self._last(item) >= self._last(newest[row]):
+                newest[row] = item
+        return newest
 
-    def _keep_ahead(self, partition: int, rows: Int32, foreign: dict[int, ItemRecord]) -> None:
-        """Keep what contains more than is counted here: the next owner may publish before this one hears of it.
+    def _see_foreign(self, partition: int, items: list[tuple[int, ItemRecord]]) -> None:
+        """Deal with what another process published of an owned partition: late, or before this one heard of it.
 
-        It is applied when the partition is released, for it is never read again.
+        Where that stands last on the topic and contains less than is counted here, the item is published again. Where
+        it contains more, the partition has its next owner already: it is kept, and applied when the partition is
+        released, for it is never read again.
         """
-        ahead = self._ahead.setdefault(partition, {})
-        for row, contained in zip(rows.tolist(), self._counters.last_offsets(partition, rows).tolist(), strict=True):
-            held = self._last(ahead[row]) if row in ahead else contained
-            if self._last(foreign[row]) > held:
-                ahead[row] = foreign[row]
+        last = {row: self._last(item) for row, item in dict(items).items() if item.writer != self._writer}
+        self._counters.touch_again(partition, np.array(list(last), np.int32), np.array(list(last.values()), np.int64))
+        newest = self._newest((row, item) for row, item in items if item.writer != self._writer)
+        contained = self._counters.last_offsets(partition, np.array(list(newest), np.int32)).tolist()
+        ahead = [
+            (row, item) for (row, item), held in zip(newest.items(), contained, strict=True) if self._last(item) > held
+        ]
+        if ahead:
+            self._ahead[partition] = self._newest([*self._ahead.get(partition, {}).items(), *ahead])
 
     def _release(self, partition: int) -> None:
         self._counters.release(partition)
         ahead = self._ahead.pop(partition, {})
         if ahead:
-            self._mirror(partition, ahead)
+            self._mirror(partition, ahead.items())
 
-    def _mirror(self, partition: int, items: dict[int, ItemRecord]) -> None:
+    def _mirror(self, partition: int, records: Iterable[tuple[int, ItemRecord]]) -> None:
+        items = self._newest(records)
         found = items.values()
         self._counters.replace(
             partition,

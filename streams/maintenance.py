@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import structlog
+from aiokafka import TopicPartition
 from aiokafka.errors import IllegalStateError, KafkaError
 from faust.exceptions import ConsumerNotStarted
 
@@ -74,9 +75,9 @@ class CommitWatch:
         return worst
 
 
-def next_offsets(read: Mapping[int, int | None], committed: Mapping[int, int]) -> dict[int, int]:
+def next_offsets(read: Mapping[int, int], committed: Mapping[int, int]) -> dict[int, int]:
     """Return the next offset to read of each partition, from the last ones read, which lag behind a seek by one."""
-    return {p: max(o + 1, committed.get(p, 0)) for p, o in read.items() if o is not None}
+    return {p: max(o + 1, committed.get(p, 0)) for p, o in read.items()}
 
 
 def may_be_replayed(value: bytes, epoch: int, next_offset: int) -> bool:
@@ -332,13 +333,11 @@ class Maintenance:
         worker = self._worker
         while True:
             await asyncio.sleep(WATCH_SECONDS)
-            consumer = worker.app.consumer
             if worker.app.rebalancing or not worker.is_ready:
                 watch = CommitWatch()
                 continue
-            topic = worker.names.events
             done = self._committed()
-            read = next_offsets({tp.partition: o for tp, o in consumer._read_offset.items() if tp.topic == topic}, done)
+            read = self._read(done)
             for partition, offset in worker.handed.items():
                 if partition in read:
                     read[partition] = max(read[partition], offset)
@@ -351,8 +350,19 @@ class Maintenance:
                 return
 
     def _committed(self) -> dict[int, int]:
-        topic, offsets = self._worker.names.events, self._worker.app.consumer._committed_offset
-        return {tp.partition: offset for tp, offset in offsets.items() if tp.topic == topic and offset is not None}
+        return self._owned(self._worker.app.consumer._committed_offset)
+
+    def _read(self, committed: dict[int, int]) -> dict[int, int]:
+        return next_offsets(self._owned(self._worker.app.consumer._read_offset), committed)
+
+    def _owned(self, offsets: Mapping[TopicPartition, int | None]) -> dict[int, int]:
+        """Return Faust's offsets of the partitions of events that are owned: a lost one may have left some behind."""
+        topic, owned = self._worker.names.events, self._worker.rows.partitions
+        return {
+            tp.partition: o
+            for tp, o in offsets.items()
+            if tp.topic == topic and tp.partition in owned and o is not None
+        }
 
     async def report(self) -> None:
         """Keep the gauges current."""
@@ -385,12 +395,11 @@ class Maintenance:
             return
         consumer = worker.app.consumer
         try:
-            events = [tp for tp in consumer.assignment() if tp.topic == worker.names.events]
-            read = next_offsets({tp.partition: consumer._read_offset.get(tp) for tp in events}, self._committed())
+            topic = worker.names.events
             lags = {
-                tp.partition: max(0, end - read[tp.partition])
-                for tp in events
-                if (end := consumer.highwater(tp)) is not None and tp.partition in read
+                partition: max(0, end - offset)
+                for partition, offset in self._read(self._committed()).items()
+                if (end := consumer.highwater(TopicPartition(topic, partition))) is not None
             }
         except (ConsumerNotStarted, AssertionError, IllegalStateError):
             return

@@ -111,7 +111,7 @@ class Ownership:
     async def _count(self, partitions: set[int], generation: int) -> None:
         """Take over the counters of ``partitions``, several at once."""
         worker = self._worker
-        committed = await self._committed(partitions)
+        committed = await self.committed(partitions)
         at_once = asyncio.Semaphore(TAKE_OVERS_AT_ONCE)
 
         async def one(partition: int) -> None:
@@ -124,7 +124,7 @@ class Ownership:
 
         await asyncio.gather(*map(one, sorted(partitions)))
 
-    async def _committed(self, partitions: set[int]) -> dict[int, int]:
+    async def committed(self, partitions: set[int]) -> dict[int, int]:
         """Return the group's committed offset of each partition, 0 where there is none.
 
         The partitions are named: asked for all, aiokafka takes a coordinator's refusal for a group without offsets.

@@ -216,7 +216,9 @@ class Worker:
         self.users_mirror = Mirror(settings, self.names.users, self.profiles.apply)
         self.users_mirror.assign([])
         self.ownership = Ownership(self)
-        self.app: Any = build(settings, self.names, self._agent, self.ownership.take_over, self.fail)
+        self.app: Any = build(
+            settings, self.names, self._agent, self.ownership.take_over, self.ownership.committed, self.fail
+        )
         self.rows = UserRows(settings, self.app.tables[TABLE_NAME].data, self.names.user_table_changelog)
         self.deliveries = Deliveries(self.mark, self.rows.get, lambda error: self.fail(error, "delivery"))
         self.co_click_fill = CoClickFill(self.rows.rows_of, self.state)

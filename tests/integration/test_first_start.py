@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from models.errors import BrokerUnavailable
 from streams import faust_patches, topics
 from streams.app import build
 from streams.sender import Outbox
@@ -43,7 +44,14 @@ async def test_what_was_fetched_and_dropped_before_the_first_commit_is_fetched_a
         pass
 
     settings.worker.data_folder.mkdir(parents=True, exist_ok=True)
-    app = build(settings, names, agent, take_over, lambda error, where: errors.append(error))
+    refusals = [BrokerUnavailable("the coordinator is loading")]
+
+    async def committed(partitions: set[int]) -> dict[int, int]:
+        if refusals:
+            raise refusals.pop()
+        return dict.fromkeys(partitions, 0)
+
+    app = build(settings, names, agent, take_over, committed, lambda error, where: errors.append(error))
     await app.start()
     try:
         await wait_until(lambda: len(seen) >= 10, 60, "the events are fetched")
@@ -54,6 +62,7 @@ async def test_what_was_fetched_and_dropped_before_the_first_commit_is_fetched_a
         await app.stop()
     assert seen == [b"%d" % number for number in [*range(10), *range(10)]]
     assert not errors
+    assert not refusals
     await delete_topics(settings)
 
 

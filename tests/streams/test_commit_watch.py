@@ -49,7 +49,7 @@ def test_a_partition_that_went_away_is_forgotten() -> None:
 
 
 def test_the_next_offset_is_after_the_last_one_read() -> None:
-    assert next_offsets({0: 37, 1: 0, 2: None, 3: -1}, {0: 30, 3: 0}) == {0: 38, 1: 1, 3: 0}
+    assert next_offsets({0: 37, 1: 0, 2: -1}, {0: 30, 2: 0}) == {0: 38, 1: 1, 2: 0}
 
 
 def test_the_next_offset_is_never_behind_what_is_committed() -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from aiokafka import TopicPartition
@@ -11,13 +13,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from intervaltree import IntervalTree  # type: ignore[import-untyped]
 
+from streams.app import build
 from streams.faust_patches import DirectConsumer, _LastRead
+from streams.settings import Settings
+from streams.topics import TopicNames
 
 PLACE = TopicPartition("events", 0)
 
 
 class Offsets(DirectConsumer):
-    """A consumer's bookkeeping of offsets, without Kafka: ``perform_seek`` finds ``next_offset`` there."""
+    """A consumer's bookkeeping of offsets, without Kafka: ``next_offset`` is committed there."""
 
     def __init__(self, next_offset: int) -> None:
         self._gap: Any = defaultdict(IntervalTree)
@@ -27,9 +32,17 @@ class Offsets(DirectConsumer):
         self._read_offset: Any = _LastRead(lambda: None)
         self._unacked_messages: set[Any] = set()
         self._next_offset = next_offset
+        self.app = SimpleNamespace(events_topic_name=PLACE.topic, committed_offsets=self.committed_offsets)
+        self._thread: Any = self
 
-    async def seek_to_committed(self) -> dict[Any, int | None]:
-        return {PLACE: self._next_offset}
+    def assignment(self) -> set[Any]:
+        return {PLACE}
+
+    async def committed_offsets(self, partitions: set[int]) -> dict[int, int]:
+        return dict.fromkeys(partitions, self._next_offset)
+
+    async def seek_events(self, offsets: dict[Any, int]) -> dict[Any, int]:
+        return offsets
 
     async def read(self, offset: int) -> None:
         """Do what Faust's ``_drain_messages`` does with a message."""
@@ -97,3 +110,33 @@ async def test_events_that_were_dropped_before_the_first_commit_hold_the_commits
     assert consumer.commit_offset() == 1
     consumer.ack_offset(1)
     assert consumer.commit_offset() == 5
+
+
+async def test_a_revocation_commits_what_was_acknowledged_before_it_and_not_past_a_hole(tmp_path: Path) -> None:
+    committed: list[int | None] = []
+
+    async def nothing(*args: Any) -> Any:
+        raise AssertionError("not called")
+
+    async def revoke(partitions: set[Any]) -> None:
+        # Faust waits here for the batch in work, and commits.
+        acknowledge(3)
+        committed.append(consumer._new_offset(PLACE))
+
+    settings = Settings.model_validate(
+        {"worker": {"data_folder": tmp_path}, "kafka": {"bootstrap_servers": "localhost:1"}}
+    )
+    app: Any = build(settings, TopicNames.of(settings), nothing, nothing, nothing, lambda error, where: None)
+    consumer = app.transport.create_consumer(nothing, on_partitions_revoked=revoke, on_partitions_assigned=nothing)
+
+    def acknowledge(offset: int) -> None:
+        Offsets.ack_offset(consumer, offset)
+
+    for first_acknowledged in ([0, 1, 2], [1, 2]):
+        consumer._committed_offset[PLACE] = 0
+        for offset in first_acknowledged:
+            acknowledge(offset)
+        await consumer.on_partitions_revoked({PLACE})
+        books = (consumer._acked, consumer._acked_index, consumer._gap, consumer._committed_offset)
+        assert all(PLACE not in book for book in books), "what was revoked is another worker's"
+    assert committed == [4, None]

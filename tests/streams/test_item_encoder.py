@@ -111,25 +111,41 @@ async def test_an_item_is_encoded_although_another_encoder_has_encoded_it() -> N
     known = KnownEncodings()
     known.apply([encoding(OLD, "a", "apple")])
     async with lane(known) as (items, encoder, sender):
-        await items.handle([item("a", "apple")], 0)
+        await items.handle({0: [item("a", "apple")]})
         assert encoder.texts == ["apple"]
         assert sender.records == [(0, item_vectors.key(NEW, "a"), False)]
-        await items.handle([item("a", "apple")], 0)
+        await items.handle({0: [item("a", "apple")]})
         assert encoder.texts == ["apple"], "once"
+
+
+async def test_items_of_all_partitions_are_encoded_together_and_published_each_to_its_own() -> None:
+    async with lane(KnownEncodings()) as (items, encoder, sender):
+        batches: list[int] = []
+        encode = encoder.encode
+
+        def counted(texts: Sequence[str]) -> np.ndarray:
+            batches.append(len(texts))
+            return encode(texts)
+
+        encoder.encode = counted  # type: ignore[method-assign]
+        await items.handle({0: [item("a", "apple")], 1: [item("b", "plum"), item("a", "apple")]})
+        assert batches == [3]
+        placed = {(0, item_vectors.key(NEW, "a")), (1, item_vectors.key(NEW, "b")), (1, item_vectors.key(NEW, "a"))}
+        assert {(partition, key) for partition, key, _ in sender.records} == placed
 
 
 async def test_what_bundles_bring_is_not_encoded_until_its_text_changes() -> None:
     async with lane(KnownEncodings(), lambda item_id, hashed: hashed == hash64("apple")) as (items, encoder, _):
-        await items.handle([item("a", "apple")], 0)
+        await items.handle({0: [item("a", "apple")]})
         assert encoder.texts == []
-        await items.handle([item("a", "pear")], 0)
+        await items.handle({0: [item("a", "pear")]})
         assert encoder.texts == ["pear"]
 
 
 async def test_a_text_that_goes_back_to_what_a_bundle_brought_is_encoded_again() -> None:
     async with lane(KnownEncodings(), lambda item_id, hashed: hashed == hash64("apple")) as (items, encoder, _):
-        await items.handle([item("a", "pear")], 0)
-        await items.handle([item("a", "apple")], 0)
+        await items.handle({0: [item("a", "pear")]})
+        await items.handle({0: [item("a", "apple")]})
         # The topic holds the pear: a worker that read it needs the apple there too.
         assert encoder.texts == ["pear", "apple"]
 
@@ -138,7 +154,7 @@ async def test_a_removed_item_loses_the_encoding_of_this_encoder_alone() -> None
     known = KnownEncodings()
     known.apply([encoding(OLD, "a", "apple"), encoding(NEW, "a", "apple")])
     async with lane(known) as (items, _, sender):
-        await items.handle([item("a", None)], 0)
+        await items.handle({0: [item("a", None)]})
         assert sender.records == [(0, item_vectors.key(NEW, "a"), True)]
         assert known.encoders() == {OLD}
 

@@ -267,6 +267,20 @@ async def test_late_writer_makes_the_owner_publish_item_and_checkpoint_again(sta
     assert [written.key for written in owner.sender.log[sent:]] == [b"a", CHECKPOINT_KEY]
 
 
+async def test_late_writer_is_seen_behind_the_owners_own_record_in_one_batch(state: StateThread) -> None:
+    owner, late = side(state), side(state)
+    for worker in (owner, late):
+        worker.counters.own(0)
+    owner.click("a", "a", "a")
+    late.click("a")
+    await owner.stats.publish()
+    await late.stats.publish()
+    await owner.stats.apply([*owner.sender.log, *late.sender.log])
+    sent = len(owner.sender.log)
+    await owner.stats.publish()
+    assert [written.key for written in owner.sender.log[sent:]] == [b"a", CHECKPOINT_KEY]
+
+
 async def test_own_records_coming_back_cause_no_publication(state: StateThread) -> None:
     owner = side(state)
     owner.counters.own(0)
