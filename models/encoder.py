@@ -69,7 +69,7 @@ class EncoderConfig(BaseModel):
         0.3,
         ge=0,
         le=60,
-        description="How long a new item waits for others to be encoded with it: three at once cost a third less each.",
+        description="Pause after a batch that was not full: three items together cost a third less each.",
     )
     threads: int = Field(1, ge=1, le=64, description="CPU threads of the encoder process.")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is one.")

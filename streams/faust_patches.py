@@ -141,7 +141,9 @@ class DirectConsumer(Consumer):  # type: ignore[misc]
     """
 
     is_rewound = False
-    _must_seek = False
+    _seeks_wanted = 0
+    _seeks_done = 0
+    _fetching: asyncio.Task[Any] | None = None
     _on_partitions_revoked: Any
 
     def __init__(self, *args: Any, **options: Any) -> None:
@@ -173,17 +175,39 @@ class DirectConsumer(Consumer):  # type: ignore[misc]
         a partition where it stands: what was fetched for a new generation by a call of the old one, and dropped, would
         never be read if the rebalance came before the first commit.
 
+        Faust's fetching task calls it too, when it has dropped what it fetched while the flow was stopped: for that one
+        the seek waits until the flow goes on, or it would write over the books that a revocation commits by.
+        """
+        self._seeks_wanted += 1
+        if asyncio.current_task() is not self._fetching:
+            await self._seek(lambda: True)
+
+    async def _seek(self, goes_on: Callable[[], bool]) -> None:
+        """Seek, and note it, unless it no longer ``goes_on`` when the seek is done.
+
         ``_read_offset`` holds the last offset that was read, here too: Faust leaves the next one in it, and takes a
         hole that begins there, such as the end of a transaction, for none.
         """
-        self._must_seek = True
-        topic = self.app.events_topic_name
+        wanted, topic = self._seeks_wanted, self.app.events_topic_name
         committed = await self._committed({tp.partition for tp in self.assignment() if tp.topic == topic})
         offsets = {TopicPartition(topic, partition): offset for partition, offset in committed.items()}
-        for tp, offset in (await self._thread.seek_events(offsets)).items():
+        found = await self._thread.seek_events(offsets)
+        if not goes_on():
+            return
+        for tp, offset in found.items():
             self._read_offset[tp] = offset - 1
             self._committed_offset[tp] = offset
-        self._must_seek = False
+        self._seeks_done = wanted
+
+    async def _seek_before_fetching(self) -> None:
+        """Make up for a seek that is owed: what was dropped would be taken for a hole in the log."""
+        limit = self.app.conf.broker_request_timeout
+        try:
+            await asyncio.wait_for(self._seek(lambda: self.flow_active), limit)
+        except (KafkaError, OSError) as error:
+            why = f"partitions could not be sought to their committed offsets in {limit} s: {error!r}; nothing is lost"
+            self.app.fail_worker(BrokerUnavailable(why), "seek")
+            await asyncio.Event().wait()
 
     async def _committed(self, partitions: set[int]) -> dict[int, int]:
         """Return the committed offsets, asked for until they are told; whoever waits for them has a time-out."""
@@ -239,9 +263,10 @@ class DirectConsumer(Consumer):  # type: ignore[misc]
         """
         if not self.flow_active:
             await self.wait(self.can_resume_flow)
-        if self._must_seek:
-            # A seek failed, and Faust only says so: what was dropped would be taken for a hole in the log.
-            await self.perform_seek()
+        self._fetching = asyncio.current_task()
+        if self._seeks_wanted != self._seeks_done:
+            await self._seek_before_fetching()
+            return {}, self._get_active_partitions()
         try:
             self.not_waiting_next_records.set()
             active = self._get_active_partitions()

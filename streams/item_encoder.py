@@ -18,7 +18,7 @@ import structlog
 from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, TopicPartition
 from aiokafka.errors import CommitFailedError, IllegalStateError, RebalanceInProgressError
 
-from models.encoder import EncoderConfig, item_text
+from models.encoder import item_text
 from models.errors import EncoderError, RecordError
 from models.events import ITEM_CODEC
 from models.hashing import hash64
@@ -285,11 +285,14 @@ async def _consume(
 ) -> None:
     """Handle ``items`` until cancelled; offsets are committed after delivery."""
     while True:
-        batches = await _read(consumer, settings.encoder)
+        batches = await consumer.getmany(timeout_ms=500, max_records=MAX_RECORDS)
         if not batches:
             continue
         # Else a restart would encode again what the part of the topic not read yet already holds.
         await mirror.caught_up.wait()
+        # What went to another process meanwhile is encoded there, maybe with a newer text already.
+        owned = consumer.assignment()
+        batches = {tp: records for tp, records in batches.items() if tp in owned}
         began, before = time.monotonic(), encoder.encoded
         by_partition: dict[int, list[Record]] = {}
         for tp, records in batches.items():
@@ -299,21 +302,13 @@ async def _consume(
         if count:
             seconds = round(time.monotonic() - began, 2)
             log.info("items_encoded", items=count, seconds=seconds, encoder=encoder.encoder_id)
-        if not commits:
-            continue
-        with contextlib.suppress(CommitFailedError, IllegalStateError, RebalanceInProgressError):
-            # A partition that went to another process meanwhile: that one knows the encodings by their hashes.
-            await consumer.commit({tp: records[-1].offset + 1 for tp, records in batches.items()})
-
-
-async def _read(consumer: AIOKafkaConsumer, config: EncoderConfig) -> dict[TopicPartition, list[Record]]:
-    """Return the next records; a few wait for others, as long as ``linger_seconds``."""
-    batches: dict[TopicPartition, list[Record]] = await consumer.getmany(timeout_ms=500, max_records=MAX_RECORDS)
-    if config.linger_seconds and 0 < sum(map(len, batches.values())) < config.batch_texts:
-        await asyncio.sleep(config.linger_seconds)
-        for tp, records in (await consumer.getmany(timeout_ms=0, max_records=MAX_RECORDS)).items():
-            batches.setdefault(tp, []).extend(records)
-    return batches
+        if commits and batches:
+            with contextlib.suppress(CommitFailedError, IllegalStateError, RebalanceInProgressError):
+                # A partition that went to another process meanwhile: that one knows the encodings by their hashes.
+                await consumer.commit({tp: records[-1].offset + 1 for tp, records in batches.items()})
+        if sum(map(len, batches.values())) < settings.encoder.batch_texts:
+            # Nothing is held meanwhile: a partition that goes to another process takes its items along.
+            await asyncio.sleep(settings.encoder.linger_seconds)
 
 
 class Forgetting:

@@ -33,7 +33,18 @@ class Offsets(DirectConsumer):
         self._unacked_messages: set[Any] = set()
         self._next_offset = next_offset
         self.app = SimpleNamespace(events_topic_name=PLACE.topic, committed_offsets=self.committed_offsets)
+        self.app.conf = SimpleNamespace(broker_request_timeout=5.0)
         self._thread: Any = self
+        self._buffered_partitions: set[Any] = set()
+        self.fetches = 0
+        self.fetched_while_seeking = False
+
+    def _get_active_partitions(self) -> set[Any]:
+        return {PLACE}
+
+    async def _getmany(self, active_partitions: Any, timeout: float) -> dict[Any, Any]:
+        self.fetches += 1
+        return {}
 
     def assignment(self) -> set[Any]:
         return {PLACE}
@@ -42,6 +53,11 @@ class Offsets(DirectConsumer):
         return dict.fromkeys(partitions, self._next_offset)
 
     async def seek_events(self, offsets: dict[Any, int]) -> dict[Any, int]:
+        if self.fetched_while_seeking:
+            self.fetched_while_seeking = False
+            self._fetching = asyncio.current_task()
+            await self.perform_seek()
+            self._fetching = None
         return offsets
 
     async def read(self, offset: int) -> None:
@@ -110,6 +126,38 @@ async def test_events_that_were_dropped_before_the_first_commit_hold_the_commits
     assert consumer.commit_offset() == 1
     consumer.ack_offset(1)
     assert consumer.commit_offset() == 5
+
+
+async def test_what_the_fetching_task_dropped_is_sought_when_the_flow_goes_on_and_before_the_next_fetch() -> None:
+    consumer = Offsets(7)
+    consumer.flow_active = True
+    consumer.not_waiting_next_records = asyncio.Event()
+    consumer._committed_offset[PLACE] = 9
+    await consumer._wait_next_records(1.0)
+    assert consumer.fetches == 1
+
+    await consumer.perform_seek()
+    assert consumer._committed_offset[PLACE] == 9, "a revocation may commit by it now"
+    await consumer._wait_next_records(1.0)
+    assert (consumer._committed_offset[PLACE], consumer._read_offset[PLACE], consumer.fetches) == (7, 6, 1)
+    await consumer._wait_next_records(1.0)
+    assert consumer.fetches == 2
+
+
+async def test_a_seek_of_the_recovery_does_not_stand_for_one_that_was_wanted_later() -> None:
+    consumer = Offsets(7)
+    consumer.flow_active = True
+    consumer.not_waiting_next_records = asyncio.Event()
+
+    async def recover() -> None:
+        await consumer.perform_seek()
+
+    consumer.fetched_while_seeking = True
+    await asyncio.create_task(recover())
+    await consumer._wait_next_records(1.0)
+    assert consumer.fetches == 0
+    await consumer._wait_next_records(1.0)
+    assert consumer.fetches == 1
 
 
 async def test_a_revocation_commits_what_was_acknowledged_before_it_and_not_past_a_hole(tmp_path: Path) -> None:
