@@ -114,7 +114,11 @@ class CommittedThread(AIOKafkaConsumerThread):  # type: ignore[misc]
         begins = await consumer.beginning_offsets(unread) if unread else {}
         offsets = offsets | begins
         for tp, offset in offsets.items():
-            if tp in consumer.assignment():
+            if tp not in consumer.assignment():
+                continue
+            place = consumer._subscription.subscription.assignment.state_value(tp)
+            # A seek throws away what is fetched, and the next fetch waits for the one on its way: up to 1.5 s.
+            if not place.has_valid_position or place.position != offset:
                 consumer.seek(tp, offset)
         return offsets
 
