@@ -96,7 +96,10 @@ class GatedTableManager(TableManager):  # type: ignore[misc]
 
 
 class CommittedThread(AIOKafkaConsumerThread):  # type: ignore[misc]
-    """Consumer thread that leaves out events of transactions that were aborted: Faust ties that to its exactly_once."""
+    """Consumer thread that leaves out events of aborted transactions, and seeks where it is told to.
+
+    Faust ties the first to its exactly_once, and knows no seek of several partitions but to what is committed.
+    """
 
     def _create_worker_consumer(self, transport: Any) -> Any:
         consumer = super()._create_worker_consumer(transport)
