@@ -370,6 +370,8 @@ class Maintenance:
         metrics = worker.metrics
         while True:
             await asyncio.sleep(REPORT_SECONDS)
+            worker.cpu.look()
+            metrics.kept_cpu.set(-1 if worker.cpu.number is None else worker.cpu.number)
             metrics.ready.set(1 if worker.is_ready else 0)
             partitions = worker.rows.partitions
             metrics.table_rows.set(sum(len(worker.rows.rows_of(p)) for p in partitions))

@@ -97,6 +97,9 @@ class Metrics:
         )
         self.rebalances = Counter("millstream_rebalances", "Group generations joined.", registry=registry)
         self.ready = Gauge("millstream_ready", "1 when events are being processed.", registry=registry)
+        self.kept_cpu = Gauge(
+            "millstream_kept_cpu", "Processor that the event threads keep to; -1: any.", registry=registry
+        )
         self._add_examples(registry)
         self._build = Info("millstream_build", "Version of the package and of the model served.", registry=registry)
         self._add_state(registry)

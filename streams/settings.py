@@ -11,7 +11,7 @@ import os
 import re
 import tomllib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
@@ -137,6 +137,10 @@ class WorkerSettings(_Section):
     )
     batch_max_events: int = Field(256, ge=1, le=4_096, description="Events in one micro-batch at most.")
     threads: int = Field(1, ge=1, le=64, description="Threads for NumPy, torch and FAISS in this process.")
+    cpu: Literal["any", "auto"] | Annotated[int, Field(ge=0)] = Field(
+        "auto",
+        description="Processor of the event threads (Linux): a number, auto for one that no other worker has, or any.",
+    )
     session_timeout_seconds: float = Field(30.0, ge=6, le=300, description="Kafka group session time-out.")
     rebalance_timeout_seconds: float = Field(30.0, ge=1, le=300, description="Kafka group rebalance time-out.")
     heartbeat_interval_seconds: float = Field(3.0, gt=0, description="Kafka group heartbeat interval.")

@@ -29,6 +29,7 @@ from streams import faust_patches
 from streams.app import build
 from streams.catalogue_mirror import CatalogueMirror
 from streams.co_click_fill import CoClickFill
+from streams.cpus import KeptCpu, keep_to
 from streams.dead_letters import DeadLetters
 from streams.decode import Decoded, Message
 from streams.delivery import Deliveries
@@ -73,8 +74,9 @@ SWITCH_SECONDS = 0.0005
 class Worker:
     """One worker process."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, cpu: KeptCpu) -> None:
         self.settings = settings
+        self.cpu = cpu
         self.names = TopicNames.of(settings)
         self.metrics = Metrics()
         self.state = StateThread()
@@ -549,9 +551,9 @@ class Worker:
                 return
 
 
-async def _main(settings: Settings) -> None:
+async def _main(settings: Settings, cpu: KeptCpu) -> None:
     try:
-        code = await Worker(settings).run()
+        code = await Worker(settings, cpu).run()
     except MillstreamError as error:
         code = exit_code(error)
         log.error("worker_failed", code=int(code), why=code.name.lower(), error=str(error))
@@ -568,10 +570,12 @@ def main() -> None:
     """Run the worker process; never returns."""
     try:
         settings = load()
+        configure(settings.worker.log_level, settings.worker.log_format)
+        # Before there is another thread: they inherit it.
+        cpu = keep_to(settings.worker.cpu)
     except MillstreamError as error:
         print(f"millstream: {error}", file=sys.stderr)
         os._exit(exit_code(error))
-    configure(settings.worker.log_level, settings.worker.log_format)
     die_with_parent(supervisor_pid())
     try:
         import uvloop
@@ -584,7 +588,7 @@ def main() -> None:
     # The event loop, Faust's consumer thread and the state thread take turns: at the default of 5 ms each turn of the
     # loop waits that long whenever the state thread is busy, which is most of freshness.
     sys.setswitchinterval(SWITCH_SECONDS)
-    runner(_main(settings))
+    runner(_main(settings, cpu))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import pytest_asyncio
 
 from models.errors import BrokerUnavailable, SettingsError
 from streams import worker as module
+from streams.cpus import KeptCpu
 from streams.exit_codes import ExitCode
 from streams.faust_patches import LARGE_GAP, DirectConsumer
 from streams.settings import Settings
@@ -21,7 +22,7 @@ from streams.worker import Worker
 
 @pytest_asyncio.fixture
 async def worker(tmp_path: Path) -> AsyncIterator[Worker]:
-    made = Worker(Settings.model_validate({"worker": {"data_folder": tmp_path, "port": 0}}))
+    made = Worker(Settings.model_validate({"worker": {"data_folder": tmp_path, "port": 0}}), KeptCpu())
     yield made
     made.state.close()
 
@@ -56,7 +57,7 @@ async def test_a_port_that_stays_taken_is_a_setting_to_change(tmp_path: Path, mo
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        made = Worker(Settings.model_validate({"worker": {"data_folder": tmp_path, "port": port}}))
+        made = Worker(Settings.model_validate({"worker": {"data_folder": tmp_path, "port": port}}), KeptCpu())
         with pytest.raises(SettingsError, match=f"worker.port {port}"):
             await made.run()
         made.state.close()

@@ -1,0 +1,182 @@
+"""Which processor a worker's event threads keep to, and when it is given up."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from models.errors import SettingsError
+from streams.cpus import CROWDED_SHARE, CROWDED_WINDOWS, WINDOW_SECONDS, KeptCpu, keep_to, processor_seconds
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux lets a thread choose its processor")
+needs_two = pytest.mark.skipif(
+    sys.platform == "linux" and len(os.sched_getaffinity(0)) < 2, reason="this host has one processor to choose from"
+)
+ROOM = 60
+
+TAKE = """
+import json, os, sys, threading
+from models.retrieval import lower_priority
+from streams.cpus import keep_to
+
+allowed = set(sorted(os.sched_getaffinity(0))[:2])
+os.sched_setaffinity(0, allowed)
+cpu = keep_to("auto")
+found = {}
+
+def event_thread():
+    found["event_thread"] = sorted(os.sched_getaffinity(0))
+
+def building_thread():
+    lower_priority()
+    found["building_thread"] = sorted(os.sched_getaffinity(0))
+
+for run in (event_thread, building_thread):
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+print(json.dumps({"number": cpu.number, "own": sorted(os.sched_getaffinity(0)), "allowed": sorted(allowed), **found}))
+sys.stdout.flush()
+sys.stdin.read()
+"""
+GIVE_UP = """
+import json, os
+from streams.cpus import CROWDED_WINDOWS, WINDOW_SECONDS, KeptCpu
+
+allowed = os.sched_getaffinity(0)
+number = min(allowed)
+os.sched_setaffinity(0, {number})
+now = 0.0
+cpu = KeptCpu(number, allowed, busy_seconds=lambda _: now, own_seconds=lambda: 0.0, now=lambda: now)
+for _ in range(CROWDED_WINDOWS + 1):
+    cpu.look()
+    now += WINDOW_SECONDS
+print(json.dumps({"number": cpu.number, "own": sorted(os.sched_getaffinity(0)), "allowed": sorted(allowed)}))
+"""
+
+
+@contextmanager
+def process(folder: Path, program: str = TAKE) -> Iterator[tuple[subprocess.Popen[str], dict[str, Any]]]:
+    """Give a process whose locks lie in ``folder``, and what it printed."""
+    environment = {**os.environ, "TMPDIR": str(folder)}
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+    ) as started:
+        try:
+            assert started.stdout is not None
+            # The log goes to the same pipe, in front.
+            line = next(line for line in started.stdout if line.startswith("{") and '"own"' in line)
+            yield started, json.loads(line)
+        finally:
+            started.kill()
+
+
+@needs_two
+def test_workers_of_one_host_take_different_processors_and_the_one_too_many_takes_none(tmp_path: Path) -> None:
+    with ExitStack() as stack:
+        first, second, third = (stack.enter_context(process(tmp_path))[1] for _ in range(3))
+    assert {first["number"], second["number"]} == set(first["allowed"])
+    assert [first["own"], second["own"]] == [[first["number"]], [second["number"]]]
+    assert third["number"] is None
+    assert third["own"] == third["allowed"]
+
+
+@needs_two
+def test_what_a_killed_worker_had_is_free_again(tmp_path: Path) -> None:
+    with process(tmp_path) as (one, first), process(tmp_path) as (_, second):
+        one.kill()
+        one.wait(ROOM)
+        with process(tmp_path) as (_, third):
+            assert third["number"] == first["number"] != second["number"]
+
+
+@needs_two
+def test_threads_that_build_run_on_every_processor_and_others_where_they_were_started(tmp_path: Path) -> None:
+    with process(tmp_path) as (_, found):
+        pass
+    assert found["event_thread"] == found["own"] == [found["number"]]
+    assert found["building_thread"] == sorted(os.sched_getaffinity(0))
+
+
+@needs_two
+def test_a_processor_that_others_use_is_given_up_for_all_that_the_process_may_use(tmp_path: Path) -> None:
+    with process(tmp_path, GIVE_UP) as (_, found):
+        pass
+    assert found["number"] is None
+    assert found["own"] == found["allowed"]
+
+
+def test_a_number_that_the_process_may_not_use_is_a_setting_to_change() -> None:
+    before = os.sched_getaffinity(0)
+    taken = max(before) + 1
+    with pytest.raises(SettingsError, match=rf"worker.cpu is {taken}, .* {max(before)}; the worker was not started"):
+        keep_to(taken)
+    assert os.sched_getaffinity(0) == before
+
+
+def test_any_leaves_every_thread_where_it_may_run() -> None:
+    before = os.sched_getaffinity(0)
+    assert keep_to("any").number is None
+    assert os.sched_getaffinity(0) == before
+
+
+class Host:
+    """A processor whose clocks are set by hand."""
+
+    def __init__(self) -> None:
+        self.seconds = self.busy = self.own = 0.0
+
+    def kept(self, *, is_watched: bool = True) -> KeptCpu:
+        # No thread of this process keeps to it, so that giving it up moves none.
+        kept = KeptCpu(
+            10_000,
+            os.sched_getaffinity(0) if is_watched else (),
+            busy_seconds=lambda _: self.busy,
+            own_seconds=lambda: self.own,
+            now=lambda: self.seconds,
+        )
+        kept.look()
+        return kept
+
+    def window(self, kept: KeptCpu, *, own: float, others: float) -> int | None:
+        """Let a window pass in which this share of it was used; returns what is kept then."""
+        self.seconds += WINDOW_SECONDS
+        self.own += own * WINDOW_SECONDS
+        self.busy += (own + others) * WINDOW_SECONDS
+        kept.look()
+        return kept.number
+
+
+def test_what_the_worker_itself_uses_is_not_taken_for_others() -> None:
+    host = Host()
+    kept = host.kept()
+    assert [host.window(kept, own=0.95, others=0.05) for _ in range(5)] == [10_000] * 5
+
+
+def test_one_crowded_window_is_no_reason_to_move() -> None:
+    host = Host()
+    kept = host.kept()
+    for _ in range(5):
+        for _ in range(CROWDED_WINDOWS - 1):
+            assert host.window(kept, own=0.2, others=CROWDED_SHARE + 0.1) == 10_000
+        assert host.window(kept, own=0.2, others=CROWDED_SHARE - 0.1) == 10_000
+
+
+def test_a_number_that_the_settings_name_is_kept_whoever_uses_it() -> None:
+    host = Host()
+    kept = host.kept(is_watched=False)
+    assert [host.window(kept, own=0.1, others=0.9) for _ in range(5)] == [10_000] * 5
+
+
+def test_the_kernel_tells_how_long_each_processor_has_worked() -> None:
+    worked = processor_seconds(min(os.sched_getaffinity(0)))
+    assert worked is None or worked > 0
+    assert processor_seconds(100_000) is None
