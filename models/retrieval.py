@@ -7,9 +7,11 @@ the dead and the newer ones are too many. Legend of shapes: D = dimensions, n = 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import threading
+from collections.abc import Iterable
 from typing import Any, Final, Literal
 
 import faiss
@@ -29,8 +31,8 @@ _GPU_MOST: Final = 2_048
 """Neighbours that faiss on a GPU gives at most."""
 _BUILD_CHUNK: Final = 1_024
 _BUILD_NICENESS: Final = 10
-_PROCESSORS: Final = os.sched_getaffinity(0) if sys.platform == "linux" else set()
-"""Those that the process was started with: a worker may keep its other threads to one of them."""
+_behind: Final[set[int]] = set()
+"""Processors of threads that build; none: those that they were started on."""
 _RECALL_CHUNK: Final = 10_000
 """Items that one step of a comparison with exact search looks at: 2 to 4 ms for 16 queries."""
 
@@ -392,15 +394,23 @@ def exact_search(queries: Floats, rows: Rows, vectors: Floats, k: int) -> tuple[
     return found, scores
 
 
+def run_behind_on(processors: Iterable[int]) -> None:
+    """Have threads that give way run on these processors: for a process that keeps its others to one of them."""
+    _behind.clear()
+    _behind.update(processors)
+
+
 def lower_priority() -> None:
     """Give way to other threads from now on: for a thread that builds, which must not stand before a slate.
 
-    It runs on any processor, wherever the thread that started it has to stay. On Linux, and only there, a thread has a
-    priority of its own; the main thread's is never changed.
+    On Linux, and only there, a thread has a priority of its own; the main thread's is never changed.
     """
     if sys.platform == "linux" and threading.current_thread() is not threading.main_thread():
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _BUILD_NICENESS)
-        os.sched_setaffinity(0, _PROCESSORS)
+        if _behind:
+            # Where the host took some of them away since, it builds beside the others.
+            with contextlib.suppress(OSError):
+                os.sched_setaffinity(0, _behind)
 
 
 def _build(rows: Rows, vectors: Floats, config: RetrievalConfig, stop: threading.Event) -> _Snapshot | None:

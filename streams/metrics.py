@@ -100,6 +100,7 @@ class Metrics:
         self.kept_cpu = Gauge(
             "millstream_kept_cpu", "Processor that the event threads keep to; -1: any.", registry=registry
         )
+        self.kept_cpu.set(-1)
         self._add_examples(registry)
         self._build = Info("millstream_build", "Version of the package and of the model served.", registry=registry)
         self._add_state(registry)

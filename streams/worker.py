@@ -571,8 +571,8 @@ def main() -> None:
     try:
         settings = load()
         configure(settings.worker.log_level, settings.worker.log_format)
-        # Before there is another thread: they inherit it.
-        cpu = keep_to(settings.worker.cpu)
+        # Before there is another thread of ours: they inherit it.
+        cpu = keep_to(settings.worker.cpu, max(settings.worker.threads, settings.retrieval.threads))
     except MillstreamError as error:
         print(f"millstream: {error}", file=sys.stderr)
         os._exit(exit_code(error))

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 import pytest
 
 from models.errors import SettingsError
-from streams.cpus import CROWDED_SHARE, CROWDED_WINDOWS, WINDOW_SECONDS, KeptCpu, keep_to, processor_seconds
+from streams.cpus import CROWDED_WINDOWS, OTHERS_SHARE, WINDOW_SECONDS, KeptCpu, keep_to, processor_seconds
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux lets a thread choose its processor")
 needs_two = pytest.mark.skipif(
@@ -48,18 +49,39 @@ sys.stdout.flush()
 sys.stdin.read()
 """
 GIVE_UP = """
-import json, os
+import json, os, threading
 from streams.cpus import CROWDED_WINDOWS, WINDOW_SECONDS, KeptCpu
 
 allowed = os.sched_getaffinity(0)
 number = min(allowed)
 os.sched_setaffinity(0, {number})
+done = threading.Event()
+other = threading.Thread(target=done.wait)
+other.start()
+before = sorted(os.sched_getaffinity(other.native_id))
 now = 0.0
-cpu = KeptCpu(number, allowed, busy_seconds=lambda _: now, own_seconds=lambda: 0.0, now=lambda: now)
+cpu = KeptCpu(number, allowed, busy_seconds=lambda _: now, own_seconds=lambda _: {}, now=lambda: now)
 for _ in range(CROWDED_WINDOWS + 1):
     cpu.look()
     now += WINDOW_SECONDS
-print(json.dumps({"number": cpu.number, "own": sorted(os.sched_getaffinity(0)), "allowed": sorted(allowed)}))
+own, after = sorted(os.sched_getaffinity(0)), sorted(os.sched_getaffinity(other.native_id))
+done.set()
+print(json.dumps({"number": cpu.number, "own": own, "allowed": sorted(allowed), "before": before, "after": after}))
+"""
+OWN = """
+import json, os, time
+from streams.cpus import kept_threads_seconds, processor_seconds
+
+number = min(os.sched_getaffinity(0))
+os.sched_setaffinity(0, {number})
+began, own_began = processor_seconds(number), time.thread_time()
+while time.thread_time() - own_began < 0.5:
+    pass
+seconds = kept_threads_seconds(number)
+print(json.dumps({
+    "own": seconds[os.getpid()], "used": time.thread_time(), "worked": processor_seconds(number) - began,
+    "elsewhere": len(kept_threads_seconds(number + 1)),
+}))
 """
 
 
@@ -110,14 +132,15 @@ def test_threads_that_build_run_on_every_processor_and_others_where_they_were_st
 def test_a_processor_that_others_use_is_given_up_for_all_that_the_process_may_use(tmp_path: Path) -> None:
     with process(tmp_path, GIVE_UP) as (_, found):
         pass
+    assert found["before"] == [min(found["allowed"])]
     assert found["number"] is None
-    assert found["own"] == found["allowed"]
+    assert found["own"] == found["after"] == found["allowed"]
 
 
 def test_a_number_that_the_process_may_not_use_is_a_setting_to_change() -> None:
     before = os.sched_getaffinity(0)
     taken = max(before) + 1
-    with pytest.raises(SettingsError, match=rf"worker.cpu is {taken}, .* {max(before)}; the worker was not started"):
+    with pytest.raises(SettingsError, match=rf"worker.cpu is {taken}, .* {max(before)} .*; the worker was not started"):
         keep_to(taken)
     assert os.sched_getaffinity(0) == before
 
@@ -125,6 +148,12 @@ def test_a_number_that_the_process_may_not_use_is_a_setting_to_change() -> None:
 def test_any_leaves_every_thread_where_it_may_run() -> None:
     before = os.sched_getaffinity(0)
     assert keep_to("any").number is None
+    assert os.sched_getaffinity(0) == before
+
+
+def test_a_search_in_several_threads_keeps_every_processor() -> None:
+    before = os.sched_getaffinity(0)
+    assert keep_to("auto", threads=2).number is None
     assert os.sched_getaffinity(0) == before
 
 
@@ -140,14 +169,14 @@ class Host:
             10_000,
             os.sched_getaffinity(0) if is_watched else (),
             busy_seconds=lambda _: self.busy,
-            own_seconds=lambda: self.own,
+            own_seconds=lambda _: {1: self.own},
             now=lambda: self.seconds,
         )
         kept.look()
         return kept
 
     def window(self, kept: KeptCpu, *, own: float, others: float) -> int | None:
-        """Let a window pass in which this share of it was used; returns what is kept then."""
+        """Let a window pass in which these shares of it were used; returns what is kept then."""
         self.seconds += WINDOW_SECONDS
         self.own += own * WINDOW_SECONDS
         self.busy += (own + others) * WINDOW_SECONDS
@@ -155,10 +184,24 @@ class Host:
         return kept.number
 
 
-def test_what_the_worker_itself_uses_is_not_taken_for_others() -> None:
+@pytest.mark.parametrize(
+    ("own", "others", "why"),
+    [
+        (0.9, 0.1, "it is the worker itself"),
+        (0.05, 0.7, "there is room for both"),
+        (0.66, OTHERS_SHARE - 0.01, "others take little"),
+    ],
+)
+def test_a_processor_is_kept_where(own: float, others: float, why: str) -> None:
     host = Host()
     kept = host.kept()
-    assert [host.window(kept, own=0.95, others=0.05) for _ in range(5)] == [10_000] * 5
+    assert [host.window(kept, own=own, others=others) for _ in range(5)] == [10_000] * 5, why
+
+
+def test_two_busy_workers_that_cannot_see_each_others_locks_part() -> None:
+    host = Host()
+    kept = host.kept()
+    assert [host.window(kept, own=0.5, others=0.5) for _ in range(CROWDED_WINDOWS)][-1] is None
 
 
 def test_one_crowded_window_is_no_reason_to_move() -> None:
@@ -166,8 +209,8 @@ def test_one_crowded_window_is_no_reason_to_move() -> None:
     kept = host.kept()
     for _ in range(5):
         for _ in range(CROWDED_WINDOWS - 1):
-            assert host.window(kept, own=0.2, others=CROWDED_SHARE + 0.1) == 10_000
-        assert host.window(kept, own=0.2, others=CROWDED_SHARE - 0.1) == 10_000
+            assert host.window(kept, own=0.5, others=0.5) == 10_000
+        assert host.window(kept, own=0.5, others=0.1) == 10_000
 
 
 def test_a_number_that_the_settings_name_is_kept_whoever_uses_it() -> None:
@@ -176,7 +219,29 @@ def test_a_number_that_the_settings_name_is_kept_whoever_uses_it() -> None:
     assert [host.window(kept, own=0.1, others=0.9) for _ in range(5)] == [10_000] * 5
 
 
-def test_the_kernel_tells_how_long_each_processor_has_worked() -> None:
-    worked = processor_seconds(min(os.sched_getaffinity(0)))
-    assert worked is None or worked > 0
-    assert processor_seconds(100_000) is None
+def test_a_processor_has_worked_for_users_and_the_kernel_not_for_niced_programs_or_the_hypervisor(
+    tmp_path: Path,
+) -> None:
+    file = tmp_path / "stat"
+    file.write_text("cpu  9 9 9 9 9 9 9 9 9 9\ncpu1 1 9 2 9 9 4 8 9 9 9\ncpu11 7 7 7 7 7 7 7 7 7 7\nintr 5\n")
+    assert processor_seconds(1, file) == 15 / os.sysconf("SC_CLK_TCK")
+    assert processor_seconds(111, file) is None
+    assert processor_seconds(1, tmp_path / "nothing") is None
+
+
+def test_what_kept_threads_used_is_told_apart_from_what_others_did(tmp_path: Path) -> None:
+    with process(tmp_path, OWN) as (_, found):
+        pass
+    assert found["own"] == pytest.approx(found["used"], abs=0.05)
+    assert found["worked"] >= 0.45
+    assert found["elsewhere"] == 0
+
+
+def test_somebody_elses_folder_of_locks_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / f"millstream-cpus-{os.getuid()}").symlink_to(tmp_path / "theirs")
+    before = os.sched_getaffinity(0)
+    assert keep_to("auto").number is None
+    assert os.sched_getaffinity(0) == before
+    assert not any((tmp_path / "theirs").iterdir())
