@@ -460,6 +460,9 @@ def dlq_replay(
 @experiments_app.command("report")
 def experiments_report(
     name: Annotated[str | None, typer.Argument(help="Experiment; all that the topics still hold without it.")] = None,
+    models: Annotated[
+        bool, typer.Option("--models", help="Read the slates too: the model versions that ranked each arm's.")
+    ] = False,
     as_json: JsonOption = False,
     config: ConfigOption = None,
 ) -> None:
@@ -471,7 +474,7 @@ def experiments_report(
     from streams import experiment_report
     from streams.settings import load
 
-    tally, unreadable = asyncio.run(experiment_report.read(load(config)))
+    tally, unreadable = asyncio.run(experiment_report.read(load(config), slates=models))
     results = tally.results(name)
     if unreadable:
         typer.echo(f"{unreadable} records could not be read and were passed over", err=True)

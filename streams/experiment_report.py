@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
+
+import msgspec
 
 from models.arm_report import ArmResult, ArmTally
 from models.errors import RecordError
@@ -12,13 +14,24 @@ from streams.topic_io import open_topic
 from streams.topics import TopicNames
 
 
-async def read(settings: Settings) -> tuple[ArmTally, int]:
+class _SlateHead(msgspec.Struct):
+    """What the report wants to know of a slate."""
+
+    recommendation_id: str
+    model_version: str
+    degraded: bool
+
+
+_SLATE: Final = msgspec.json.Decoder(_SlateHead)
+
+
+async def read(settings: Settings, *, slates: bool = False) -> tuple[ArmTally, int]:
     """Return all impressions with an arm that the topics still hold, and how many records could not be read.
 
-    Raises BrokerUnavailable and LayoutError.
+    ``slates``: read the slates too, for the versions that ranked them. Raises BrokerUnavailable and LayoutError.
     """
     names, tally, unreadable = TopicNames.of(settings), ArmTally(), 0
-    for topic in (names.features, names.labels):
+    for topic in (names.features, names.labels, *([names.recommendations] if slates else [])):
         async with open_topic(settings, topic) as tail:
             async for record in tail.read(await tail.begin_offsets(), await tail.end_offsets()):
                 if record.value is None:
@@ -26,9 +39,12 @@ async def read(settings: Settings) -> tuple[ArmTally, int]:
                 try:
                     if topic == names.features:
                         tally.add_features(decode_features(record.value))
-                    else:
+                    elif topic == names.labels:
                         tally.add_labels(decode_labels(record.value))
-                except RecordError:
+                    else:
+                        slate = _SLATE.decode(record.value)
+                        tally.add_slate(slate.recommendation_id, slate.model_version, degraded=slate.degraded)
+                except (RecordError, msgspec.DecodeError):
                     unreadable += 1
     return tally, unreadable
 
@@ -53,4 +69,6 @@ def described(result: ArmResult) -> dict[str, Any]:
             "difference_low": low if known else None,
             "difference_high": high if known else None,
         }
+    if result.ranked_by:
+        told["ranked_by"] = dict(result.ranked_by)
     return told

@@ -104,7 +104,7 @@ async def test_arms_reach_slates_metrics_labels_and_the_report(settings_with: Se
         await wait_until(labelled, 90, "every impression has a label", every_seconds=0.2)
         told = await asyncio.to_thread(
             subprocess.run,
-            [sys.executable, "-m", "millstream", "experiments", "report", "spring", "--json"],
+            [sys.executable, "-m", "millstream", "experiments", "report", "spring", "--models", "--json"],
             env=environment(on.settings, tmp_path / "report"),
             cwd=REPOSITORY,
             capture_output=True,
@@ -115,6 +115,8 @@ async def test_arms_reach_slates_metrics_labels_and_the_report(settings_with: Se
     first, second = (json.loads(line) for line in told.stdout.splitlines())
     assert (first["arm"], first["impressions"], first["clicked"]) == ("control", len(control), 3)
     assert (second["arm"], second["impressions"], second["clicked"]) == ("bold", len(bold), 6)
+    version = slates[0]["model_version"]
+    assert (first["ranked_by"], second["ranked_by"]) == ({version: len(control)}, {version: len(bold)})
     assert second["difference_low"] < second["difference"] < second["difference_high"]
 
 

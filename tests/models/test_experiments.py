@@ -119,7 +119,7 @@ def test_users_of_two_arms_in_one_batch_get_what_each_gets_alone() -> None:
     assert both == alone
 
 
-def features(impression_id: int, user_id: str, experiment: str | None) -> FeaturesRecord:
+def features(impression_id: int, user_id: str, experiment: str | None, request_id: str | None = "r") -> FeaturesRecord:
     return FeaturesRecord(
         impression_id=impression_id,
         user_id=user_id,
@@ -130,7 +130,7 @@ def features(impression_id: int, user_id: str, experiment: str | None) -> Featur
         processed_ms=NOW_MS,
         flags=0,
         surface="default",
-        request_id="r",
+        request_id=request_id,
         experiment=experiment,
         policy=experiment or "model",
         session_id=None,
@@ -253,6 +253,26 @@ def test_the_table_has_a_line_for_each_arm_and_says_what_is_not_chance() -> None
     assert control.startswith("spring/control")
     assert "+50.00 points" in bold
     assert bold.endswith("not by chance")
+
+
+def test_the_report_tells_an_arms_bundle_from_the_version_that_stood_in_for_it() -> None:
+    counted = tally([("control", "c", False)])
+    slates = [("s1", "v2", False), ("s2", "v1", False), ("s3", "v2", False), ("s4", "v1", True), ("s6", "v9", False)]
+    for i, shown in enumerate(["s1", "s2", "s3", "s4", "s5", None], start=10):
+        counted.add_features(features(i, f"u{i}", "spring/trial", shown))
+        counted.add_labels(labels(i, True))
+    for recommendation_id, version, degraded in slates:
+        counted.add_slate(recommendation_id, version, degraded=degraded)
+    control, trial = counted.results()
+    assert trial.ranked_by == {"v2": 2, "v1": 1, "degraded": 1, "not known": 2}
+    assert control.ranked_by == {"not known": 1}
+    assert list(lines([trial]))[-1] == "    ranked by v2 (33.3%), not known (33.3%), v1 (16.7%), degraded (16.7%)"
+
+
+def test_a_report_that_looked_at_no_slate_says_nothing_of_versions() -> None:
+    (bold,) = tally([("bold", "a", True)]).results()
+    assert bold.ranked_by == {}
+    assert len(list(lines([bold]))) == 2
 
 
 @settings(max_examples=50, deadline=None)
