@@ -35,7 +35,8 @@ async def run(bench: Bench) -> None:
     """Measure single items at ITEMS_A_SECOND, then a bulk load."""
     account = CpuAccount()
     items = bench.world.new_items(bench.sizes.new_items, "probe")
-    async with stage(bench, "new-items") as made:
+    # Slates of randomised users are drawn: theirs would time the draw, not the item.
+    async with stage(bench, "new-items", exploration={"randomised_share": 0.0}) as made:
         await _publish_probe_rows(made, items)
         worker = await made.worker()
         await made.encoder(worker)
