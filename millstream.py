@@ -461,7 +461,10 @@ def dlq_replay(
 def experiments_report(
     name: Annotated[str | None, typer.Argument(help="Experiment; all that the topics still hold without it.")] = None,
     models: Annotated[
-        bool, typer.Option("--models", help="Read the slates too: the model versions that ranked each arm's.")
+        bool,
+        typer.Option(
+            "--models", help="Read the slates that are still there too: the model versions that ranked each arm's."
+        ),
     ] = False,
     as_json: JsonOption = False,
     config: ConfigOption = None,

@@ -62,11 +62,13 @@ class ArmTally:
         if held is None or record.as_of >= held[0]:
             self._clicked[record.impression_id] = record.as_of, bool(record.clicked)
 
+    def look_at_slates(self) -> None:
+        """Have the slates that impressions name told by what made them. Call it when all features are there."""
+        self._versions = {shown: "" for _, _, shown in self._shown.values() if shown is not None}
+
     def add_slate(self, recommendation_id: str, model_version: str, *, degraded: bool) -> None:
-        """Take what made one slate, if an impression names it. Call it when all features are there."""
-        if self._versions is None:
-            self._versions = {shown: "" for _, _, shown in self._shown.values() if shown is not None}
-        if recommendation_id in self._versions:
+        """Take what made one slate, if an impression names it and slates are looked at."""
+        if self._versions is not None and recommendation_id in self._versions:
             self._versions[recommendation_id] = DEGRADED if degraded else model_version
 
     def results(self, name: str | None = None, confidence: float = 0.95) -> list[ArmResult]:

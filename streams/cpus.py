@@ -18,7 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Final, Literal
+from typing import Final, Literal, NamedTuple
 
 import structlog
 
@@ -39,6 +39,15 @@ SLOW_SHARE: Final = 0.8
 """A processor is slow where it has less than this share of the fastest one's speed."""
 
 
+class ProcessorTimes(NamedTuple):
+    """What a processor did since the start, in seconds."""
+
+    worked: float
+    """Without work of a lower priority than this process has, such as an encoder process's."""
+    stolen: float
+    """By the hypervisor: time in which it could not work."""
+
+
 class KeptCpu:
     """The processor that this process keeps to, and whether others want it too. All calls come from one thread.
 
@@ -53,7 +62,7 @@ class KeptCpu:
         allowed: Iterable[int] = (),
         *,
         claim: int | None = None,
-        busy_seconds: Callable[[int], float | None] | None = None,
+        times: Callable[[int], ProcessorTimes | None] | None = None,
         own_seconds: Callable[[int], Mapping[int, float]] | None = None,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -62,10 +71,10 @@ class KeptCpu:
         """None: any."""
         self._allowed = set(allowed)
         self._claim = claim
-        self._busy_seconds = busy_seconds or processor_seconds
+        self._times = times or processor_times
         self._own_seconds = own_seconds or kept_threads_seconds
         self._now = now
-        self._last: tuple[float, float, Mapping[int, float]] | None = None
+        self._last: tuple[float, ProcessorTimes, Mapping[int, float]] | None = None
         self._crowded = 0
 
     def look(self) -> None:
@@ -75,22 +84,27 @@ class KeptCpu:
         now = self._now()
         if self._last is not None and now - self._last[0] < WINDOW_SECONDS:
             return
-        busy = self._busy_seconds(self.number)
-        if busy is None:
+        times, own_now = self._times(self.number), self._own_seconds(self.number)
+        if not own_now:
+            # The host took it away and let the threads run elsewhere: a cpuset was changed.
+            self._give_up("the host moved the threads")
             return
-        last, self._last = self._last, (now, busy, self._own_seconds(self.number))
+        if times is None:
+            return
+        last, self._last = self._last, (now, times, own_now)
         if last is None:
             return
-        began, busy_before, own_before = last
-        own = sum(seconds - own_before.get(thread, 0.0) for thread, seconds in self._last[2].items())
-        full = (busy - busy_before) / (now - began)
-        others = full - own / (now - began)
+        began, before, own_before = last
+        own = sum(seconds - own_before.get(thread, 0.0) for thread, seconds in own_now.items())
+        could_work = max(now - began - (times.stolen - before.stolen), 1e-3)
+        full = (times.worked - before.worked) / could_work
+        others = full - own / could_work
         self._crowded = self._crowded + 1 if full > FULL_SHARE and others > OTHERS_SHARE else 0
         if self._crowded >= CROWDED_WINDOWS:
-            self._give_up(others)
+            self._give_up(f"others use {others:.0%} of it")
 
-    def _give_up(self, others: float) -> None:
-        log.warning("cpu_given_up", cpu=self.number, others_share=round(others, 2), may_use=len(self._allowed))
+    def _give_up(self, why: str) -> None:
+        log.warning("cpu_given_up", cpu=self.number, why=why)
         for thread in _threads():
             # It may have ended since, or the cpuset was changed.
             with contextlib.suppress(OSError):
@@ -130,7 +144,7 @@ def keep_to(cpu: int | Literal["any", "auto"], threads: int = 1) -> KeptCpu:
         if claimed is None:
             return _not_kept("other workers have the processors that there are")
         number, claim = claimed
-        if processor_seconds(number) is None:
+        if processor_times(number) is None:
             os.close(claim)
             return _not_kept("/proc/stat does not say what others use of it")
         os.sched_setaffinity(0, {number})
@@ -150,16 +164,16 @@ def _not_kept(why: str) -> KeptCpu:
     return KeptCpu()
 
 
-def processor_seconds(number: int, file: Path = Path("/proc/stat")) -> float | None:
-    """Return the seconds that a processor has worked since the start; None where this host does not tell.
-
-    Without niced work, such as an encoder process's, and without what the hypervisor took.
-    """
+def processor_times(number: int, file: Path = Path("/proc/stat")) -> ProcessorTimes | None:
+    """Return what a processor did since the start; None where this host does not tell."""
     with contextlib.suppress(OSError):
         for line in file.read_text("ascii").splitlines():
             if line.startswith(f"cpu{number} "):
-                user, _nice, system, _idle, _iowait, irq, softirq = map(int, line.split()[1:8])
-                return (user + system + irq + softirq) / os.sysconf("SC_CLK_TCK")
+                user, nice, system, _idle, _iowait, irq, softirq, stolen = map(int, line.split()[1:9])
+                # This process is counted there itself where it has a lower priority.
+                worked = user + system + irq + softirq + (nice if os.getpriority(os.PRIO_PROCESS, 0) > 0 else 0)
+                ticks = os.sysconf("SC_CLK_TCK")
+                return ProcessorTimes(worked / ticks, stolen / ticks)
     return None
 
 

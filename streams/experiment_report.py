@@ -32,6 +32,8 @@ async def read(settings: Settings, *, slates: bool = False) -> tuple[ArmTally, i
     """
     names, tally, unreadable = TopicNames.of(settings), ArmTally(), 0
     for topic in (names.features, names.labels, *([names.recommendations] if slates else [])):
+        if topic == names.recommendations:
+            tally.look_at_slates()
         async with open_topic(settings, topic) as tail:
             async for record in tail.read(await tail.begin_offsets(), await tail.end_offsets()):
                 if record.value is None:

@@ -137,7 +137,7 @@ class WorkerSettings(_Section):
     )
     batch_max_events: int = Field(256, ge=1, le=4_096, description="Events in one micro-batch at most.")
     threads: int = Field(1, ge=1, le=64, description="Threads for NumPy, torch and FAISS in this process.")
-    cpu: Literal["any", "auto"] | Annotated[int, Field(ge=0)] = Field(
+    cpu: Literal["any", "auto"] | Annotated[int, Field(ge=0, le=65_535)] = Field(
         "auto",
         description="Processor of the event threads (Linux): a number, auto for one that no other worker has, or any.",
     )

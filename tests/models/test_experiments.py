@@ -261,12 +261,20 @@ def test_the_report_tells_an_arms_bundle_from_the_version_that_stood_in_for_it()
     for i, shown in enumerate(["s1", "s2", "s3", "s4", "s5", None], start=10):
         counted.add_features(features(i, f"u{i}", "spring/trial", shown))
         counted.add_labels(labels(i, True))
+    counted.look_at_slates()
     for recommendation_id, version, degraded in slates:
         counted.add_slate(recommendation_id, version, degraded=degraded)
     control, trial = counted.results()
     assert trial.ranked_by == {"v2": 2, "v1": 1, "degraded": 1, "not known": 2}
     assert control.ranked_by == {"not known": 1}
     assert list(lines([trial]))[-1] == "    ranked by v2 (33.3%), not known (33.3%), v1 (16.7%), degraded (16.7%)"
+
+
+def test_a_report_over_slates_that_are_gone_says_that_it_does_not_know() -> None:
+    counted = tally([("bold", "a", True), ("bold", "b", False)])
+    counted.look_at_slates()
+    (bold,) = counted.results()
+    assert bold.ranked_by == {"not known": 2}
 
 
 def test_a_report_that_looked_at_no_slate_says_nothing_of_versions() -> None:

@@ -15,13 +15,21 @@ from typing import Any
 import pytest
 
 from models.errors import SettingsError
-from streams.cpus import CROWDED_WINDOWS, OTHERS_SHARE, WINDOW_SECONDS, KeptCpu, keep_to, processor_seconds
+from streams.cpus import (
+    CROWDED_WINDOWS,
+    OTHERS_SHARE,
+    WINDOW_SECONDS,
+    KeptCpu,
+    ProcessorTimes,
+    keep_to,
+    processor_times,
+)
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux lets a thread choose its processor")
 needs_two = pytest.mark.skipif(
     sys.platform == "linux" and len(os.sched_getaffinity(0)) < 2, reason="this host has one processor to choose from"
 )
-ROOM = 60
+WAIT_SECONDS = 60
 
 TAKE = """
 import json, os, sys, threading
@@ -50,17 +58,19 @@ sys.stdin.read()
 """
 GIVE_UP = """
 import json, os, threading
-from streams.cpus import CROWDED_WINDOWS, WINDOW_SECONDS, KeptCpu
+from streams.cpus import CROWDED_WINDOWS, WINDOW_SECONDS, KeptCpu, ProcessorTimes
 
 allowed = os.sched_getaffinity(0)
 number = min(allowed)
 os.sched_setaffinity(0, {number})
 done = threading.Event()
-other = threading.Thread(target=done.wait)
+other = threading.Thread(target=done.wait, daemon=True)
 other.start()
 before = sorted(os.sched_getaffinity(other.native_id))
 now = 0.0
-cpu = KeptCpu(number, allowed, busy_seconds=lambda _: now, own_seconds=lambda _: {}, now=lambda: now)
+cpu = KeptCpu(
+    number, allowed, times=lambda _: ProcessorTimes(now, 0.0), own_seconds=lambda _: {1: now / 2}, now=lambda: now
+)
 for _ in range(CROWDED_WINDOWS + 1):
     cpu.look()
     now += WINDOW_SECONDS
@@ -70,16 +80,16 @@ print(json.dumps({"number": cpu.number, "own": own, "allowed": sorted(allowed), 
 """
 OWN = """
 import json, os, time
-from streams.cpus import kept_threads_seconds, processor_seconds
+from streams.cpus import kept_threads_seconds, processor_times
 
 number = min(os.sched_getaffinity(0))
 os.sched_setaffinity(0, {number})
-began, own_began = processor_seconds(number), time.thread_time()
+began, own_began = processor_times(number), time.thread_time()
 while time.thread_time() - own_began < 0.5:
     pass
 seconds = kept_threads_seconds(number)
 print(json.dumps({
-    "own": seconds[os.getpid()], "used": time.thread_time(), "worked": processor_seconds(number) - began,
+    "own": seconds[os.getpid()], "used": time.thread_time(), "worked": processor_times(number).worked - began.worked,
     "elsewhere": len(kept_threads_seconds(number + 1)),
 }))
 """
@@ -115,7 +125,7 @@ def test_workers_of_one_host_take_different_processors_and_the_one_too_many_take
 def test_what_a_killed_worker_had_is_free_again(tmp_path: Path) -> None:
     with process(tmp_path) as (one, first), process(tmp_path) as (_, second):
         one.kill()
-        one.wait(ROOM)
+        one.wait(WAIT_SECONDS)
         with process(tmp_path) as (_, third):
             assert third["number"] == first["number"] != second["number"]
 
@@ -125,7 +135,7 @@ def test_threads_that_build_run_on_every_processor_and_others_where_they_were_st
     with process(tmp_path) as (_, found):
         pass
     assert found["event_thread"] == found["own"] == [found["number"]]
-    assert found["building_thread"] == sorted(os.sched_getaffinity(0))
+    assert found["building_thread"] == found["allowed"]
 
 
 @needs_two
@@ -139,9 +149,8 @@ def test_a_processor_that_others_use_is_given_up_for_all_that_the_process_may_us
 
 def test_a_number_that_the_process_may_not_use_is_a_setting_to_change() -> None:
     before = os.sched_getaffinity(0)
-    taken = max(before) + 1
-    with pytest.raises(SettingsError, match=rf"worker.cpu is {taken}, .* {max(before)} .*; the worker was not started"):
-        keep_to(taken)
+    with pytest.raises(SettingsError, match=rf"worker.cpu is 60000, .* {max(before)} .*; the worker was not started"):
+        keep_to(60_000)
     assert os.sched_getaffinity(0) == before
 
 
@@ -161,25 +170,27 @@ class Host:
     """A processor whose clocks are set by hand."""
 
     def __init__(self) -> None:
-        self.seconds = self.busy = self.own = 0.0
+        self.seconds = self.busy = self.stolen = self.own = 0.0
+        self.is_there = True
 
     def kept(self, *, is_watched: bool = True) -> KeptCpu:
         # No thread of this process keeps to it, so that giving it up moves none.
         kept = KeptCpu(
             10_000,
             os.sched_getaffinity(0) if is_watched else (),
-            busy_seconds=lambda _: self.busy,
-            own_seconds=lambda _: {1: self.own},
+            times=lambda _: ProcessorTimes(self.busy, self.stolen),
+            own_seconds=lambda _: {1: self.own} if self.is_there else {},
             now=lambda: self.seconds,
         )
         kept.look()
         return kept
 
-    def window(self, kept: KeptCpu, *, own: float, others: float) -> int | None:
+    def window(self, kept: KeptCpu, *, own: float, others: float, stolen: float = 0.0) -> int | None:
         """Let a window pass in which these shares of it were used; returns what is kept then."""
         self.seconds += WINDOW_SECONDS
         self.own += own * WINDOW_SECONDS
         self.busy += (own + others) * WINDOW_SECONDS
+        self.stolen += stolen * WINDOW_SECONDS
         kept.look()
         return kept.number
 
@@ -204,6 +215,19 @@ def test_two_busy_workers_that_cannot_see_each_others_locks_part() -> None:
     assert [host.window(kept, own=0.5, others=0.5) for _ in range(CROWDED_WINDOWS)][-1] is None
 
 
+def test_what_the_hypervisor_takes_does_not_hide_that_two_workers_want_the_rest() -> None:
+    host = Host()
+    kept = host.kept()
+    assert [host.window(kept, own=0.3, others=0.3, stolen=0.4) for _ in range(CROWDED_WINDOWS)][-1] is None
+
+
+def test_a_processor_that_the_host_took_away_is_not_said_to_be_kept() -> None:
+    host = Host()
+    kept = host.kept()
+    host.is_there = False
+    assert host.window(kept, own=0.1, others=0.0) is None
+
+
 def test_one_crowded_window_is_no_reason_to_move() -> None:
     host = Host()
     kept = host.kept()
@@ -220,13 +244,17 @@ def test_a_number_that_the_settings_name_is_kept_whoever_uses_it() -> None:
 
 
 def test_a_processor_has_worked_for_users_and_the_kernel_not_for_niced_programs_or_the_hypervisor(
-    tmp_path: Path,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = tmp_path / "stat"
-    file.write_text("cpu  9 9 9 9 9 9 9 9 9 9\ncpu1 1 9 2 9 9 4 8 9 9 9\ncpu11 7 7 7 7 7 7 7 7 7 7\nintr 5\n")
-    assert processor_seconds(1, file) == 15 / os.sysconf("SC_CLK_TCK")
-    assert processor_seconds(111, file) is None
-    assert processor_seconds(1, tmp_path / "nothing") is None
+    file.write_text("cpu  9 9 9 9 9 9 9 9 9 9\ncpu1 1 16 2 9 9 4 8 7 9 9\ncpu11 7 7 7 7 7 7 7 7 7 7\nintr 5\n")
+    ticks = os.sysconf("SC_CLK_TCK")
+    monkeypatch.setattr(os, "getpriority", lambda *_: 0)
+    assert processor_times(1, file) == (15 / ticks, 7 / ticks)
+    assert processor_times(111, file) is None
+    assert processor_times(1, tmp_path / "nothing") is None
+    monkeypatch.setattr(os, "getpriority", lambda *_: 10)
+    assert processor_times(1, file) == (31 / ticks, 7 / ticks), "a niced worker is counted there itself"
 
 
 def test_what_kept_threads_used_is_told_apart_from_what_others_did(tmp_path: Path) -> None:
