@@ -403,7 +403,8 @@ def run_behind_on(processors: Iterable[int]) -> None:
 def lower_priority() -> None:
     """Give way to other threads from now on: for a thread that builds, which must not stand before a slate.
 
-    On Linux, and only there, a thread has a priority of its own; the main thread's is never changed.
+    It runs on the processors of ``run_behind_on``, wherever the thread that started it has to stay. On Linux, and only
+    there, a thread has a priority of its own; the main thread's is never changed.
     """
     if sys.platform == "linux" and threading.current_thread() is not threading.main_thread():
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _BUILD_NICENESS)

@@ -141,16 +141,20 @@ def keep_to(cpu: int | Literal["any", "auto"], threads: int = 1) -> KeptCpu:
         return _not_kept("worker.threads or retrieval.threads asks for more than one thread")
     try:
         claimed = _claim(allowed)
-        if claimed is None:
-            return _not_kept("other workers have the processors that there are")
-        number, claim = claimed
-        if processor_times(number) is None:
-            os.close(claim)
-            return _not_kept("/proc/stat does not say what others use of it")
-        os.sched_setaffinity(0, {number})
     except OSError as error:
         return _not_kept(repr(error))
-    return _kept(KeptCpu(number, allowed, claim=claim), allowed)
+    if claimed is None:
+        return _not_kept("other workers have the processors that there are")
+    number, claim = claimed
+    why = "/proc/stat does not say what others use of it"
+    try:
+        if processor_times(number) is not None:
+            os.sched_setaffinity(0, {number})
+            return _kept(KeptCpu(number, allowed, claim=claim), allowed)
+    except OSError as error:
+        why = repr(error)
+    os.close(claim)
+    return _not_kept(why)
 
 
 def _kept(cpu: KeptCpu, allowed: set[int]) -> KeptCpu:

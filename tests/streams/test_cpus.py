@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import subprocess
@@ -263,6 +264,21 @@ def test_what_kept_threads_used_is_told_apart_from_what_others_did(tmp_path: Pat
     assert found["own"] == pytest.approx(found["used"], abs=0.05)
     assert found["worked"] >= 0.45
     assert found["elsewhere"] == 0
+
+
+@needs_two
+def test_a_processor_that_the_host_refuses_is_left_to_other_workers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError("not here")
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(os, "sched_setaffinity", refuse)
+    assert keep_to("auto").number is None
+    (lock,) = (tmp_path / f"millstream-cpus-{os.getuid()}").iterdir()
+    with lock.open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def test_somebody_elses_folder_of_locks_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
