@@ -47,6 +47,7 @@ SPARE: Final = 1.125
 LABELLED: Final = POSITIVE | NEGATIVE
 """Bits of an action code that say what the action means; the code of an action without stays as it was."""
 _LAST: Final = np.iinfo(np.int64).max
+_NO_ROW: Final = np.int64(0x7FFFFFFF)
 _REACH: Final = 40
 """Half-lives after which the landmark moves; a float32 overflows at 127."""
 
@@ -129,24 +130,29 @@ class CoClicks:
         at = [i for i, event in enumerate(events) if event.kind == ACTION and done[i] == Outcome.APPLIED]
         if not at:
             return NO_STEPS
-        items = np.array([events[i].items[0] for i in at], np.uint64)
-        codes = np.array([events[i].action for i in at], np.uint8)
-        times_ms = np.array([events[i].time_ms for i in at], np.int64)
+        actions = [events[i] for i in at]
+        codes = np.array([event.action for event in actions], np.uint8)
+        times_ms = np.array([event.time_ms for event in actions], np.int64)
         is_step = np.zeros(len(at), np.bool_)
-        earlier = np.zeros((len(at), self.config.last_items), np.uint64)
-        touched, order, bounds = rounds([events[i].user for i in at])
+        # Each item and what its user acted on before side by side: they are looked up together.
+        hashes = np.zeros((len(at), 1 + self.config.last_items), np.uint64)
+        items, earlier = hashes[:, 0], hashes[:, 1:]
+        items[:] = [event.items[0] for event in actions]
+        touched, order, bounds = rounds([event.user for event in actions])
         ring = before["recent"]
         held, held_codes = ring["item"][touched], ring["action"][touched]
         for start, end in pairwise(bounds):
-            now, users = order[start:end], slice(0, end - start)
-            same = held[users] == items[now][:, None]
-            liked = (held_codes[users] & POSITIVE) != 0
-            is_step[now] = ((codes[now] & POSITIVE) != 0) & ~(same & liked).any(axis=1)
-            earlier[now] = _packed(np.where(liked & ~same, held[users], 0))[:, : self.config.last_items]
+            now = order[start:end]
+            own, own_codes, item, code = held[: end - start], held_codes[: end - start], items[now], codes[now]
+            same = own == item[:, None]
+            liked = (own_codes & POSITIVE) != 0
+            is_step[now] = ((code & POSITIVE) != 0) & ~np.logical_or.reduce(same & liked, axis=1)
+            earlier[now] = _packed(np.where(liked & ~same, own, 0))[:, : self.config.last_items]
             # Behind the last round nothing is read.
             if end < len(at):
-                _move_to_front(held[users], held_codes[users], items[now], codes[now])
-        return Steps(self._rows(items[is_step]), self._rows(earlier[is_step]), times_ms[is_step])
+                _move_to_front(own, own_codes, item, code)
+        rows = self._rows(hashes[is_step])
+        return Steps(rows[:, 0], rows[:, 1:], times_ms[is_step])
 
     def steps_of_rows(self, rows: Rows, after_ms: int = -1) -> Steps:
         """Return the steps that user rows still tell, those after ``after_ms`` alone, in the order of their times."""
@@ -174,19 +180,22 @@ class CoClicks:
         if not len(steps):
             return
         config, rows, earlier = self.config, steps.items, steps.earlier[:, : self.config.last_items]
-        self._grow(max(int(rows.max()), int(earlier.max(initial=-1))) + 1)
+        last = np.maximum.reduce(earlier, axis=None, initial=np.maximum.reduce(rows))
+        self._grow(int(last) + 1)
         times_ms = steps.times_ms if now_ms is None else np.minimum(steps.times_ms, now_ms)
         half_lives = times_ms / (config.half_life_seconds * 1_000.0)
         whole = np.floor(half_lives)
-        self._reach(int(whole.max()))
+        self._reach(int(np.maximum.reduce(whole)))
         # The power of the landmark is one of two apart from the rest: moving it rounds nothing.
         fraction, exponents = np.exp2(half_lives - whole), (whole - (self._landmark or 0)).astype(np.int32)
         known = rows >= 0
-        np.add.at(self._actions, rows[known], np.ldexp(fraction, exponents)[known])
+        if np.count_nonzero(known) < len(known):
+            rows, earlier, fraction, exponents = rows[known], earlier[known], fraction[known], exponents[known]
+        np.add.at(self._actions, rows, np.ldexp(fraction, exponents))
         fading = self._fading[: earlier.shape[1]]
         weights = np.ldexp((fraction[:, None] * fading).astype(np.float32), exponents[:, None])
-        step, place = np.nonzero((earlier >= 0) & known[:, None] & (weights > 0))
-        self._add(earlier[step, place], rows[step], weights[step, place])
+        pairs = ((earlier >= 0) & (weights > 0)).reshape(-1).nonzero()[0]
+        self._add(earlier.reshape(-1).take(pairs), rows.take(pairs // len(fading)), weights.take(pairs))
 
     def followers(self, row: int, now_ms: int) -> dict[int, float]:
         """Return the rows that follow one row and their decayed weights at ``now_ms``, errors taken off."""
@@ -208,19 +217,19 @@ class CoClicks:
         size, config, decay = len(self._followers), self.config, self._decay(now_ms)
         liked = at_columns(liked, _front(liked >= 0))
         known = (liked >= 0) & (liked < size)
-        used = np.flatnonzero(known.any(axis=0))
+        used = np.logical_or.reduce(known, axis=0).nonzero()[0]
         if not len(used) or most <= 0:
-            return np.full((len(liked), 0), -1, np.int32)
+            return np.zeros((len(liked), 0), np.int32)
         # Those that are known stand at the front, as a rule fewer than a row remembers.
         liked, known = liked[:, : used[-1] + 1], known[:, : used[-1] + 1]
-        safe = np.where(known, liked, 0)
         own = known * self._fading[: liked.shape[1]]
-        own *= decay / np.sqrt(self._actions.take(safe) * decay + config.prior)
-        found = self._followers.take(safe, axis=0)
+        # What is not known weighs nothing, whatever row is read for it.
+        own *= decay / np.sqrt(self._actions.take(liked, mode="clip") * decay + config.prior)
+        found = self._followers.take(liked, axis=0, mode="clip")
         actions = self._actions.take(found) * decay + config.prior
-        weights = self._weights.take(safe, axis=0)
-        weights -= self._errors.take(safe, axis=0)
-        strength: F64 = weights.astype(np.float64) * own[:, :, None]
+        weights = self._weights.take(liked, axis=0, mode="clip")
+        weights -= self._errors.take(liked, axis=0, mode="clip")
+        strength: F64 = np.multiply(weights, own[:, :, None], dtype=np.float64)
         strength /= np.sqrt(actions) if config.popularity_exponent == 0.5 else actions**config.popularity_exponent
         columns = found.shape[1] * found.shape[2]
         return _strongest(found.reshape(-1, columns), strength.reshape(-1, columns), most)
@@ -232,20 +241,22 @@ class CoClicks:
         """Add pairs [n] in their order, each item's one after another, different items side by side."""
         order, bounds = _turns(items)
         items, followers, weights = items[order], followers[order], weights[order]
+        begins = items.astype(np.intp) * self.config.neighbours
+        # Flat, so that one index leads to a place.
+        all_followers, all_weights = self._followers.reshape(-1), self._weights.reshape(-1)
+        all_errors = self._errors.reshape(-1)
         for start, end in pairwise(bounds):
             item, follower, weight = items[start:end], followers[start:end], weights[start:end]
-            held = self._weights[item]
-            same = self._followers[item] == follower[:, None]
+            held = self._weights.take(item, axis=0)
+            same = self._followers.take(item, axis=0) == follower[:, None]
             same &= held > 0
+            known = np.logical_or.reduce(same, axis=1)
             # A free place has no weight: it is the weakest.
-            each, place = np.arange(len(item)), same.argmax(axis=1)
-            known = same[each, place]
-            place = np.where(known, place, held.argmin(axis=1))
-            at = item, place
-            before = held[each, place]
-            self._errors[at] = np.where(known, self._errors[at], before)
-            self._weights[at] = before + weight
-            self._followers[at] = follower
+            at = begins[start:end] + np.where(known, same.argmax(axis=1), held.argmin(axis=1))
+            before = all_weights.take(at)
+            all_errors[at] = np.where(known, all_errors.take(at), before)
+            all_weights[at] = before + weight
+            all_followers[at] = follower
 
     def _decay(self, now_ms: int) -> float:
         """Return what a weight at the landmark is at ``now_ms``."""
@@ -278,8 +289,10 @@ class CoClicks:
 def _turns(items: I32) -> tuple[npt.NDArray[np.intp], list[int]]:
     """Return the order of pairs [n] by their turn, the n-th of each item, and the bounds of the turns."""
     by_item = items.argsort(kind="stable")
-    again = np.zeros(len(items), np.bool_)
-    again[1:] = items[by_item[1:]] == items[by_item[:-1]]
+    ordered = items.take(by_item)
+    again = np.empty(len(items), np.bool_)
+    again[:1] = False
+    np.equal(ordered[1:], ordered[:-1], out=again[1:])
     if not np.count_nonzero(again):
         return by_item, [0, len(items)]
     place = np.arange(len(items))
@@ -294,24 +307,25 @@ def _strongest(found: I32, strength: F64, most: int) -> I32:
     Plain sorts of packed integers, each request by itself: as fast as NumPy sorts, and the same in any batch.
     """
     # What does not follow stands behind all that does, as one row whose sum is not above 0.
-    rows = np.where(strength > 0, found.astype(np.int64), 0x7FFFFFFF)
-    keys = (rows << 16) | np.arange(found.shape[1])
+    rows = np.where(strength > 0, found, _NO_ROW)
+    keys = (rows << 32) | np.arange(found.size).reshape(found.shape)
     keys.sort(axis=1)
-    row = keys >> 16
-    own = at_columns(strength, keys & 0xFFFF)
+    row = keys >> 32
+    own = strength.take(keys & 0xFFFFFFFF)
     sums = own.cumsum(axis=1)
-    begins, ends = np.ones((2, *row.shape), np.bool_)
-    np.not_equal(row[:, 1:], row[:, :-1], out=begins[:, 1:])
-    ends[:, :-1] = begins[:, 1:]
+    # Where a row ends, the next one begins.
+    edges = np.empty((len(row), row.shape[1] + 1), np.bool_)
+    edges[:, 0] = edges[:, -1] = True
+    np.not_equal(row[:, 1:], row[:, :-1], out=edges[:, 1:-1])
+    begins, ends = edges[:, :-1], edges[:, 1:]
     # Sums never fall before that row, so that what was summed before a row began is the greatest of such so far.
     before = np.where(begins, sums - own, 0.0)
     total = (sums - np.maximum.accumulate(before, axis=1, out=before)).astype(np.float32)
     # The bits of positive floats are in the order of the floats.
-    keys = (np.int64(0x7FFFFFFF) - total.view(np.int32)) << 32 | row
-    ends &= total > 0
-    keys[~ends] = _LAST
+    follows = ends & (total > 0)
+    keys = np.where(follows, (_NO_ROW - total.view(np.int32)) << 32 | row, _LAST)
     keys.sort(axis=1)
-    most = min(most, int(ends.sum(axis=1).max()))
+    most = min(most, int(np.maximum.reduce(np.add.reduce(follows, axis=1, dtype=np.intp))))
     # The lower half of the last key is -1.
     return keys[:, :most].astype(np.int32)
 

@@ -38,19 +38,19 @@ LIFT_PRIOR: Final = 5.0
 MADE_AT_ONCE: Final = 16
 """Leanings made anew for one batch: 0.2 to 0.5 ms each, which slates wait for."""
 _KEPT: Final = 512
-"""Combinations of values whose leaning is kept until the next refresh: up to 40 KB each."""
+"""Combinations of values whose leaning is kept until the next refresh: up to 60 KB each."""
 
 
 @dataclass(frozen=True, slots=True)
 class Leaning:
     """What one combination of context values says at one moment.
 
-    ``rows`` int32 [U], rising; ``best`` int32 [≤ L]: the servable ones with clicks or actions, most popular first;
+    ``rows`` int64 [U], rising; ``best`` int32 [≤ L]: the servable ones with clicks or actions, most popular first;
     ``strength`` float32 [U]: as Popular.strength, in this context; ``lift`` float32 [U]: the logarithm of how much more
     the items are acted on here than overall.
     """
 
-    rows: I32
+    rows: npt.NDArray[np.int64]
     best: I32
     strength: F32
     lift: F32
@@ -91,7 +91,7 @@ class Leaning:
         lift = np.zeros(len(rows))
         if everything > 0:
             lift = np.log((observed + LIFT_PRIOR) / (totals * clicks / everything + LIFT_PRIOR)).mean(axis=0)
-        return cls(rows, rows[best], strength.astype(np.float32), lift.astype(np.float32))
+        return cls(rows.astype(np.int64), rows[best], strength.astype(np.float32), lift.astype(np.float32))
 
 
 class BatchLeanings:
@@ -100,43 +100,62 @@ class BatchLeanings:
     def __init__(self, each: Sequence[Leaning | None]) -> None:
         self._each = each
         numbers: dict[int, int] = {}
-        leanings = [leaning for leaning in each if leaning is not None]
-        for leaning in leanings:
-            numbers.setdefault(id(leaning), len(numbers))
-        self._members = np.array([b for b, leaning in enumerate(each) if leaning is not None], np.int64)
-        self._numbers = np.array([numbers[id(leaning)] for leaning in leanings], np.int64)
-        different = list({id(leaning): leaning for leaning in leanings}.values())
-        self._keys = np.concatenate([(n << 32) | one.rows.astype(np.int64) for n, one in enumerate(different)])
-        self._strength = np.concatenate([one.strength for one in different])
-        self._lift = np.concatenate([one.lift for one in different])
+        different: list[Leaning] = []
+        members, own = [], []
+        for b, leaning in enumerate(each):
+            if leaning is None:
+                continue
+            n = numbers.setdefault(id(leaning), len(different))
+            if n == len(different):
+                different.append(leaning)
+            members.append(b)
+            own.append(n)
+        self._at: npt.NDArray[np.int64] | slice = slice(None)
+        if len(members) < len(each):
+            self._at = np.array(members, np.int64)
+        self._begins = np.array(own, np.int64)[:, None] << 32
+        # As a rule there is one leaning, whose arrays do as they are.
+        if len(different) == 1:
+            (one,) = different
+            self._keys, self._strength, self._lift = one.rows, one.strength, one.lift
+        else:
+            self._keys = np.concatenate([(n << 32) | one.rows for n, one in enumerate(different)])
+            self._strength = np.concatenate([one.strength for one in different])
+            self._lift = np.concatenate([one.lift for one in different])
 
     def popular(self, active: Bools, popular: Popular) -> I32:
-        """Return the overall list for each request, int32 [B, p]: without what was clicked where the context's is used.
+        """Return the overall list, without what was clicked for requests where the context's list is used instead.
 
-        That is where a request has no taste, ``active`` bool [B, V]; the newest items are left to it.
+        That is where a request has no taste, ``active`` bool [B, V]; the newest items are left to it. int32 [B, p], or
+        [p] where the whole list is for all.
         """
-        rows = np.repeat(popular.rows[None], len(active), axis=0)
-        rows[self._replaced(active), : popular.counted] = -1
+        replaced = self._replaced(active)
+        if not np.count_nonzero(replaced):
+            return popular.rows
+        rows = popular.rows[None].repeat(len(active), axis=0)
+        rows[replaced, : popular.counted] = -1
         return rows
 
     def sources(self, active: Bools, quotas: Quotas, width: int) -> list[Source]:
         """Return the candidates of each request's context, by their quota or, without a taste, in place of popular."""
         rows = np.full((len(self._each), width), -1, np.int32)
-        for b in self._members.tolist():
-            leaning = self._each[b]
+        for b, leaning in enumerate(self._each):
             if leaning is not None:
                 rows[b, : len(leaning.best)] = leaning.best[:width]
         replaced, found = self._replaced(active)[:, None], list[Source]()
-        if replaced.any():
-            found.append((POPULAR_CONTEXT, np.where(replaced, rows, -1), quotas.popular))
-        if not replaced.all():
+        count = np.count_nonzero(replaced)
+        if count:
+            own = rows if count == len(rows) else np.where(replaced, rows, -1)
+            found.append((POPULAR_CONTEXT, own, quotas.popular))
+        if count < len(rows):
             few = rows[:, : math.ceil(width * min(1.0, quotas.popular_context))]
-            found.append((POPULAR_CONTEXT, np.where(replaced, -1, few), quotas.popular_context))
+            few = np.where(replaced, -1, few) if count else few
+            found.append((POPULAR_CONTEXT, few, quotas.popular_context))
         return found
 
     def _replaced(self, active: Bools) -> Bools:
         replaced = np.zeros(len(active), np.bool_)
-        replaced[self._members] = ~np.any(active[self._members], axis=1)
+        replaced[self._at] = ~np.logical_or.reduce(active[self._at], axis=1)
         return replaced
 
     def read(self, rows: I32, popular: Popular) -> tuple[F32, F32]:
@@ -145,11 +164,12 @@ class BatchLeanings:
         What a leaning does not know is as popular as it is for all, and has no lift: 0.
         """
         strength, lift = popular.strength_of(rows), np.zeros(rows.shape, np.float32)
-        keys = (self._numbers[:, None] << 32) + rows[self._members]
-        place = np.minimum(np.searchsorted(self._keys, keys), len(self._keys) - 1)
-        known = self._keys[place] == keys
-        strength[self._members] = np.where(known, self._strength[place], strength[self._members])
-        lift[self._members] = np.where(known, self._lift[place], np.float32(0))
+        keys = self._begins + rows[self._at]
+        place = self._keys.searchsorted(keys)
+        # Behind the last key stands the last one.
+        known = self._keys.take(place, mode="clip") == keys
+        strength[self._at] = np.where(known, self._strength.take(place, mode="clip"), strength[self._at])
+        lift[self._at] = np.where(known, self._lift.take(place, mode="clip"), np.float32(0))
         return strength, lift
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Final
+from typing import Annotated, Final, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -91,8 +91,7 @@ class CountersConfig(BaseModel):
         return self
 
 
-@dataclass(frozen=True, slots=True)
-class Touches:
+class Touches(NamedTuple):
     """The counts that one event adds; three lists side by side, an item at most once per kind; never EXPECTED."""
 
     item_ids: Sequence[str]

@@ -49,6 +49,7 @@ from models.partition_counters import (
     PartitionCounters,
     UInt64,
     add_scaled,
+    columns_of,
     grown,
     seconds_since,
 )
@@ -97,6 +98,7 @@ class ItemCounters:
         self.dropped_touches = 0
         self._is_named = is_named
         self._landmark = Landmark(config)
+        self._range_ms = RANGE_HALF_LIVES * float(self._landmark.half_lives_ms[0])
         self._partitions: dict[int, PartitionCounters] = {}
         self._guests: set[int] = set()
         self._refusals = 0
@@ -170,7 +172,7 @@ class ItemCounters:
     @property
     def longest_batch_ms(self) -> int:
         """Return how far apart the event times of a batch of ``add_as_of`` may lie."""
-        return int(RANGE_HALF_LIVES * self._landmark.half_lives_ms[0])
+        return int(self._range_ms)
 
     def _check_owned(self, partition: int) -> None:
         counters = self._partitions.get(partition)
@@ -181,17 +183,17 @@ class ItemCounters:
         """Count a batch whose items have these rows, and return what was counted."""
         added = self._partition(partition).add(batch, rows, self._item_hashes(rows))
         if len(added.rows):
-            self._grow(int(added.rows.max()) + 1)
-            add_scaled(self._sums, added.rows, added.kinds, added.scaled)
+            self._grow(int(np.maximum.reduce(added.rows)) + 1)
+            every, columns = added.rows.astype(np.int64), columns_of(added.kinds)
+            add_scaled(self._sums, every, columns, added.scaled)
             touched = len(added.milli)
-            flat = added.rows[:touched].astype(np.int64) * TOUCHED + added.kinds[:touched]
-            np.add.at(self._totals.reshape(-1), flat, added.milli)
-            np.maximum.at(self._ref_ms, added.rows, added.times_ms)
-            shown = (added.kinds == IMPRESSIONS).nonzero()[0]
-            if len(shown):
-                np.minimum.at(self._first_ms, added.rows[shown], added.times_ms[shown])
-            for kind in np.bincount(added.kinds).nonzero()[0].tolist():
-                self._grand[kind::KINDS] += added.scaled[added.kinds == kind].sum(axis=0)
+            touches = every[:touched]
+            np.add.at(self._totals.reshape(-1), touches * TOUCHED + added.kinds[:touched], added.milli)
+            np.maximum.at(self._ref_ms, touches, added.times_ms[:touched])
+            # Behind the touches stands what is expected of the impressions among them.
+            if len(every) > touched:
+                np.minimum.at(self._first_ms, every[touched:], added.times_ms[touched:])
+            self._grand += np.bincount(columns.reshape(-1), added.scaled.reshape(-1), WIDTH)
         return added
 
     def row_for(self, item_id: str) -> int:
@@ -290,7 +292,7 @@ class ItemCounters:
 
         float32 [S, …] seconds, NaN for an item without impressions; 0 where the first one lies after the time.
         """
-        first_ms = self._first_ms[self._safe(rows)]
+        first_ms = self._first_ms.take(self._safe(rows))
         return seconds_since(first_ms, times_ms.reshape(-1, *[1] * (first_ms.ndim - 1)))
 
     def totals(self, rows: npt.NDArray[np.integer]) -> Float64:
@@ -364,26 +366,30 @@ class ItemCounters:
     def _values(self, safe: npt.NDArray[np.intp], times_ms: int | Int64, begin: int, end: int) -> Float32:
         """Return columns begin … end - 1 of the decayed counts, float32 [..., end - begin].
 
-        ``times_ms``: one time, or as many as broadcast to the shape of ``safe``.
+        ``begin`` is a multiple of ``end - begin``, which divides WIDTH. ``times_ms``: one time, or as many as broadcast
+        to the shape of ``safe``.
         """
+        width = end - begin
         decay = self._decay(times_ms).repeat(KINDS, axis=-1)[..., begin:end]
-        # Whole rows are copied as such, at a third of the cost of an index; of other columns take would copy all rows.
-        sums = self._sums.take(safe, axis=0) if end - begin == WIDTH else self._sums[:, begin:end][safe]
+        # Read as rows of that width, at a third of the cost of an index.
+        place = safe if width == WIDTH else safe * (WIDTH // width) + begin // width
+        sums = self._sums.reshape(-1, width).take(place, axis=0)
         out = np.empty(sums.shape, np.float32)
+        ahead = self._ref_ms.take(safe) > times_ms
+        if not np.count_nonzero(ahead):
+            return np.multiply(sums, decay, out=out, casting="same_kind")
         # What overflows lies far after its time and is put right below.
         with np.errstate(over="ignore"):
             np.multiply(sums, decay, out=out, casting="same_kind")
-        ahead = self._ref_ms[safe] > times_ms
-        if np.count_nonzero(ahead):
-            factors = self._landmark.factors(self._ref_ms[safe[ahead]])
-            out[ahead] = sums[ahead] / factors.repeat(KINDS, axis=1)[:, begin:end]
+        factors = self._landmark.factors(self._ref_ms[safe[ahead]])
+        out[ahead] = sums[ahead] / factors.repeat(KINDS, axis=1)[:, begin:end]
         return out
 
     def _safe(self, rows: npt.NDArray[np.integer]) -> npt.NDArray[np.intp]:
         """Return ``rows`` with what has no counts replaced by the last row, which is always zero."""
-        zero = len(self._sums) - 1
-        safe: npt.NDArray[np.intp] = np.where((rows >= 0) & (rows < zero), rows, zero).astype(np.intp)
-        return safe
+        # Without a sign, a negative row is greater than any other: one comparison for both ends.
+        unsigned = np.minimum(rows.astype(np.intp).view(np.uintp), len(self._sums) - 1)
+        return unsigned.view(np.intp)
 
     def _rows(self, item_ids: Sequence[str]) -> Int32:
         rows = self.index.rows(item_ids)
@@ -392,7 +398,7 @@ class ItemCounters:
         return rows
 
     def _item_hashes(self, rows: Int32) -> UInt64:
-        """Return the 64-bit hashes of item rows, 0 for UNKNOWN: rows differ between processes, hashes do not."""
+        """Return the 64-bit hashes of item rows, any for UNKNOWN: rows differ between processes, hashes do not."""
         known = len(self.index)
         if known > self._hashed:
             if known > len(self._hashes):
@@ -402,7 +408,7 @@ class ItemCounters:
             self._hashed = known
         if not len(rows) or not known:
             return np.zeros(len(rows), np.uint64)
-        return np.where(rows >= 0, self._hashes[rows], np.uint64(0))
+        return self._hashes.take(rows, mode="clip")
 
     def _grow(self, rows: int) -> None:
         if rows < len(self._sums):
@@ -417,7 +423,7 @@ class ItemCounters:
         if self._landmark.time_ms is None:
             self._landmark.time_ms = time_ms
             return
-        if time_ms - self._landmark.time_ms <= RANGE_HALF_LIVES * self._landmark.half_lives_ms[0]:
+        if time_ms - self._landmark.time_ms <= self._range_ms:
             return
         factors = np.repeat(self._landmark.move(time_ms), KINDS)
         self._sums[:] = 0.0

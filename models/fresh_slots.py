@@ -6,6 +6,7 @@ Legend of shapes: P = items of the pool, N = draws, B = requests, J = slots.
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import compress
@@ -137,16 +138,16 @@ class FreshPool:
         return table
 
     def _made(self, allowed: Bools, slots: int) -> Table:
-        slots = min(slots, int(allowed.sum()))
-        here = allowed[self.orders]
-        every = np.arange(len(here))
+        slots = min(slots, int(np.count_nonzero(allowed)))
+        here = allowed.take(self.orders)
+        begins = np.arange(len(here)) * here.shape[1]
         drawn = np.empty((len(here), slots), np.int16)
         chances = np.empty((slots, len(self.rows)), np.float32)
         for j in range(slots):
-            column = here.argmax(axis=1)
-            drawn[:, j] = self.orders[every, column]
-            here[every, column] = False
-            chances[j] = np.bincount(drawn[:, j], minlength=len(self.rows)) / len(drawn)
+            at = begins + here.argmax(axis=1)
+            drawn[:, j] = own = self.orders.take(at)
+            here.reshape(-1)[at] = False
+            chances[j] = np.bincount(own, minlength=len(self.rows)) / len(drawn)
         return Table(drawn, chances, list(compress(self.ids, allowed.tolist())))
 
     def draw(self, seeds: U64, table: Table) -> tuple[I32, F32]:
@@ -156,8 +157,8 @@ class FreshPool:
         in which i is the j-th of the allowed ones. No estimate of another probability: given the N draws, this is the
         probability with which the item was chosen, and it is never 0.
         """
-        mine = table.drawn[(mixed(seeds) % np.uint64(len(table.drawn))).astype(np.intp)]
-        return self.rows[mine], table.chances[np.arange(mine.shape[1]), mine]
+        mine = table.drawn.take((mixed(seeds) % np.uint64(len(table.drawn))).astype(np.intp), axis=0)
+        return self.rows.take(mine), table.chances[np.arange(mine.shape[1]), mine]
 
 
 @dataclass(slots=True)
@@ -172,7 +173,7 @@ class Drawn:
 
     def log(self, b: int) -> ExplorationDraw | None:
         """Return what a slate says of its draw; None where nothing was drawn."""
-        if not (self.rows[b] >= 0).any():
+        if not np.count_nonzero(self.rows[b] >= 0):
             return None
         return ExplorationDraw(pool=self.pool[b], draws=self.config.draws)
 
@@ -191,14 +192,15 @@ def draw_slots(
     # Most users may be shown the whole pool: one table does for all of them.
     alike: dict[tuple[bytes, int], list[int]] = {}
     for b, seed in enumerate(seeds):
-        slots = sum(slot <= ks[b] for slot in config.slots)
+        slots = bisect_right(config.slots, ks[b])
         if seed is not None and slots:
             alike.setdefault((allowed[b].tobytes(), slots), []).append(b)
     for (_, slots), members in alike.items():
         table = pool.table(allowed[members[0]], slots)
         rows, chances = pool.draw(np.array([seeds[b] for b in members], np.uint64), table)
-        drawn.rows[members, : rows.shape[1]] = rows
-        drawn.propensities[members, : rows.shape[1]] = chances
+        at = np.array(members)
+        drawn.rows[at, : rows.shape[1]] = rows
+        drawn.propensities[at, : rows.shape[1]] = chances
         for b in members:
             drawn.pool[b] = table.ids
     return drawn
@@ -218,11 +220,12 @@ def place(
     Where a slate ends before a slot, the item stands at its end.
     """
     at, there = places_of(pool_rows, drawn.rows)
+    begun, ends = counts.tolist(), ks.tolist()
     for b, (places, found) in enumerate(zip(at.tolist(), there.tolist(), strict=True)):
         taken = list(compress(places, found))
         if not taken:
             continue
-        slate = [column for column in columns[b, : counts[b]].tolist() if column not in taken]
+        slate = [column for column in columns[b, : begun[b]].tolist() if column not in taken]
         chances = [math.nan] * len(slate)
         # Slots rise: what is put in later moves nothing that was put in before.
         for slot, column, chance in compress(
@@ -231,5 +234,5 @@ def place(
             slate.insert(slot - 1, column)
             chances.insert(slot - 1, chance)
         # Ranked items give way at the end, drawn ones do not: their slots lie within the slate.
-        n = counts[b] = min(len(slate), int(ks[b]), columns.shape[1])
+        n = counts[b] = min(len(slate), ends[b], columns.shape[1])
         columns[b, :n], propensities[b, :n] = slate[:n], chances[:n]

@@ -69,6 +69,8 @@ _UNITS: Final = np.where(np.arange(KINDS) == ACTIONS, 1, WEIGHT_UNIT)
 _SALTS: Final = np.arange(1, KINDS + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
 """By kind, what a user's touches of an item are told apart by."""
 _MIX: Final = tuple(map(np.uint64, (30, 0xBF58476D1CE4E5B9, 27, 0x94D049BB133111EB, 31)))
+_CELL: Final = np.uint64(CELLS - 1)
+_UPPER_HALF: Final = np.uint64(32)
 
 
 class Landmark:
@@ -103,7 +105,7 @@ class Checkpoint:
     """Watermark once the event at ``resume_offset`` was seen; None where no window was open yet."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Added:
     """What one batch changed: touches that were counted, and those that the cap or a repetition kept out."""
 
@@ -215,22 +217,26 @@ class PartitionCounters:
         kept = self._admit(batch, rows, kinds, event_of, item_hashes)
         if not len(kept):
             return Added(rows[:0], kinds[:0], np.zeros((0, HALF_LIVES)), kinds[:0], kinds[:0], kinds[:0], len(kinds))
-        offsets = np.array(batch.offsets, np.int64)[event_of]
-        kept = kept[offsets[kept] >= self._contained_up_to]
+        offsets = np.array(batch.offsets, np.int64)[event_of[kept]]
+        if batch.offsets[0] < self._contained_up_to:
+            since = offsets >= self._contained_up_to
+            kept, offsets = kept[since], offsets[since]
         slots = self._slots(rows[kept])
-        self._mark_dirty(slots, offsets[kept])
-        fresh = offsets[kept] > self.last_offsets[slots]
-        kept, slots = kept[fresh], slots[fresh]
+        self._mark_dirty(slots, offsets)
+        fresh = offsets > self.last_offsets[slots]
+        if np.count_nonzero(fresh) < len(fresh):
+            kept, slots, offsets = kept[fresh], slots[fresh], offsets[fresh]
         refused = len(kinds) - len(kept)
-        shown = (kinds[kept] == IMPRESSIONS).nonzero()[0]
+        own = kinds[kept]
+        shown = (own == IMPRESSIONS).nonzero()[0]
         shares = _shares(weights, kinds, event_of)[kept[shown]] if len(shown) else weights[:0]
-        rows, kinds, weights, event_of = rows[kept], kinds[kept], weights[kept], event_of[kept]
+        rows, kinds, weights, event_of = rows[kept], own, weights[kept], event_of[kept]
         event_times = np.array(batch.times_ms, np.int64)
         times = event_times[event_of]
         milli = np.rint(weights * WEIGHT_UNIT).astype(np.int64) // _UNITS[kinds]
         np.add.at(self.totals.reshape(-1), slots * TOUCHED + kinds, milli)
         # Offsets rise within a batch, and of repeated slots NumPy keeps the last.
-        self.last_offsets[slots] = offsets[kept]
+        self.last_offsets[slots] = offsets
         np.maximum.at(self.ref_ms, slots, times)
         if len(shown):
             np.minimum.at(self.first_ms, slots[shown], times[shown])
@@ -240,7 +246,7 @@ class PartitionCounters:
             kinds = np.concatenate([kinds, np.full(len(shown), EXPECTED)])
             weights = np.concatenate([weights, shares])
         scaled = self._landmark.factors(event_times)[event_of] * weights[:, None]
-        add_scaled(self.values, slots, kinds, scaled)
+        add_scaled(self.values, slots, columns_of(kinds), scaled)
         return Added(rows, kinds, scaled, milli, times, event_of, refused)
 
     def _admit(self, batch: TouchBatch, rows: Int32, kinds: Int64, event_of: Int64, item_hashes: UInt64) -> Int64:
@@ -250,8 +256,8 @@ class PartitionCounters:
             users = mix(np.array(batch.user_hashes, np.uint64))
             event_keys = (users ^ np.array(batch.event_hashes, np.uint64)).tolist()
             keys = mix((users[event_of] ^ item_hashes) + _SALTS[kinds])
-            cells_a = (keys & np.uint64(CELLS - 1)).tolist()
-            cells_b = ((keys >> np.uint64(32)) & np.uint64(CELLS - 1)).tolist()
+            cells_a = (keys & _CELL).tolist()
+            cells_b = ((keys >> _UPPER_HALF) & _CELL).tolist()
         known = (rows >= 0).tolist()
         cap = self._config.user_cap
         kept: list[int] = []
@@ -379,13 +385,14 @@ class PartitionCounters:
         """Return the slots of item rows (all 0 or more), giving new ones."""
         if not len(rows):
             return np.zeros(0, np.int64)
-        top = int(rows.max()) + 1
+        top = int(np.maximum.reduce(rows)) + 1
         if top > len(self._slot_of_row):
             self._slot_of_row = grown(self._slot_of_row, top, -1)
         slots = self._slot_of_row[rows]
         missing = rows[slots < 0]
         if len(missing):
-            new_rows = np.unique(missing)
+            # As a rule these are few: np.unique costs several times as much.
+            new_rows = np.array(sorted(set(missing.tolist())), np.int32)
             used = self.used + len(new_rows)
             if used > len(self.rows):
                 self._grow(used)
@@ -407,9 +414,8 @@ class PartitionCounters:
 
 
 def _lengths(ends: list[int]) -> Int64:
-    lengths = np.array(ends, np.int64)
-    lengths[1:] -= lengths[:-1].copy()
-    return lengths
+    bounds = np.array([0, *ends], np.int64)
+    return bounds[1:] - bounds[:-1]
 
 
 def _shares(weights: Float64, kinds: Int64, event_of: Int64) -> Float64:
@@ -419,9 +425,14 @@ def _shares(weights: Float64, kinds: Int64, event_of: Int64) -> Float64:
     return shown / np.where(slates > 0, slates, 1.0)
 
 
-def add_scaled(values: Float64, at: npt.NDArray[np.integer], kinds: Int64, scaled: Float64) -> None:
-    """Add ``scaled`` [n, 4] to ``values`` [m, 4 · kinds] at rows ``at`` and columns of ``kinds``, repeated or not."""
-    flat = (at.astype(np.int64) * WIDTH + kinds)[:, None] + _KIND_OFFSETS
+def columns_of(kinds: Int64) -> Int64:
+    """Return in which columns of 4 · kinds decayed values touches of these kinds [n] are counted, [n, 4]."""
+    return kinds[:, None] + _KIND_OFFSETS
+
+
+def add_scaled(values: Float64, at: Int64, columns: Int64, scaled: Float64) -> None:
+    """Add ``scaled`` [n, 4] to ``values`` [m, 4 · kinds] at rows ``at`` and ``columns`` [n, 4], repeated or not."""
+    flat = (at * WIDTH)[:, None] + columns
     np.add.at(values.reshape(-1), flat.reshape(-1), scaled.reshape(-1))
 
 
