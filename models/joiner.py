@@ -38,6 +38,8 @@ from models.user_events import (
 from models.user_row import NEGATIVE, POSITIVE
 
 VERSION: Final = 1
+_APPLIED: Final = int(Outcome.APPLIED)
+_REPLAYED: Final = int(Outcome.REPLAYED)
 _LABELLED: Final = POSITIVE | NEGATIVE
 _MATCHED: Final = 0x80
 """Bit of a kept action's code: it belongs to an impression that is kept."""
@@ -162,8 +164,12 @@ class JoinCounts:
 
     def add(self, other: JoinCounts) -> None:
         """Add the counts of another call."""
-        for name in self.__slots__:
-            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.closed += other.closed
+        self.corrected += other.corrected
+        self.early += other.early
+        self.resent += other.resent
+        self.late_actions += other.late_actions
+        self.dropped_actions += other.dropped_actions
 
 
 @dataclass(slots=True)
@@ -222,12 +228,12 @@ def join(
     that is nonsense.
     """
     join_ = _Join(decode_block(block), clock_ms, context)
-    replayed = Outcome.REPLAYED in outcomes
+    replayed = _REPLAYED in outcomes
     if may_drop and not replayed:
         # A replay means that labels of the last batch may be lost: until it is over, nothing that was sent is dropped.
         join_.drop_final()
     for event, outcome in zip(events, outcomes, strict=True):
-        if outcome == Outcome.APPLIED:
+        if outcome == _APPLIED:
             join_.apply(event, epoch, partition)
     join_.close()
     return join_.result(user_id, as_of, replayed)
@@ -239,9 +245,11 @@ class _Join:
     def __init__(self, state: OpenImpressions, clock_ms: int, context: JoinContext) -> None:
         self._context = context
         self._clock_ms = clock_ms
-        self._live = [i for i in state.impressions if not i.is_final]
-        self._final = [i for i in state.impressions if i.is_final]
-        self._actions = list(map(_Kept._make, _ACTION.iter_unpack(state.actions)))
+        self._live: list[KeptImpression] = []
+        self._final: list[KeptImpression] = []
+        for impression in state.impressions:
+            (self._final if impression.is_final else self._live).append(impression)
+        self._actions = list(map(_Kept._make, _ACTION.iter_unpack(state.actions))) if state.actions else []
         self._changed: dict[int, KeptImpression] = {}
         self._dirty = False
         self._counts = JoinCounts()
@@ -261,7 +269,8 @@ class _Join:
 
     def close(self) -> None:
         """Make the labels of the impressions whose window is over by the clock, where they are new or may differ."""
-        due = [i for i in self._live if i.closes_ms < self._clock_ms and (i.revision < 0 or self._dirty)]
+        clock_ms, dirty = self._clock_ms, self._dirty
+        due = [i for i in self._live if i.closes_ms < clock_ms and (i.revision < 0 or dirty)]
         if due:
             labels = _labels(due, self._live, self._actions, self._context)
             for impression, label in zip(due, labels, strict=True):
@@ -270,9 +279,13 @@ class _Join:
 
     def result(self, user_id: str, as_of: int, replayed: bool) -> Joined:
         """Return the new state and the labels to send; with ``replayed`` those of every closed impression."""
-        held = sorted(self._final + self._live, key=_age)
-        sent = [i for i in held if i.impression_id in self._changed or (replayed and i.revision >= 0)]
-        self._counts.resent = len(sent) - len(self._changed)
+        held = self._final + self._live
+        if len(held) > 1:
+            held.sort(key=_age)
+        sent: list[KeptImpression] = []
+        if replayed or self._changed:
+            sent = [i for i in held if i.impression_id in self._changed or (replayed and i.revision >= 0)]
+            self._counts.resent = len(sent) - len(self._changed)
         block = b""
         if held or self._actions:
             packed = b"".join([_ACTION.pack(*action) for action in self._actions])
@@ -329,9 +342,10 @@ class _Join:
         """Finish the oldest impressions, and drop the oldest actions without one, until the bounds hold."""
         config = self._context.config
         unmatched = [a for a in self._actions if not a.code & _MATCHED]
-        for action in sorted(unmatched)[: max(0, len(unmatched) - config.max_unmatched_actions)]:
-            self._actions.remove(action)
-            self._counts.dropped_actions += 1
+        if len(unmatched) > config.max_unmatched_actions:
+            for action in sorted(unmatched)[: len(unmatched) - config.max_unmatched_actions]:
+                self._actions.remove(action)
+                self._counts.dropped_actions += 1
         while len(self._actions) - min(len(unmatched), config.max_unmatched_actions) > config.max_actions:
             owners = [_target(a, self._live)[0] for a in self._actions if a.code & _MATCHED]
             self._finish(min([i for i in owners if i is not None], key=_age))
@@ -339,7 +353,8 @@ class _Join:
             self._finish(min(self._live, key=_age))
 
     def _bytes(self) -> int:
-        return sum(len(i.items) + _IMPRESSION_BYTES for i in self._live) + _ACTION.size * len(self._actions)
+        items = sum([len(i.items) for i in self._live])
+        return items + _IMPRESSION_BYTES * len(self._live) + _ACTION.size * len(self._actions)
 
     def _rematch(self) -> None:
         """Tell again which actions have an impression."""

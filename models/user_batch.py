@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -29,8 +29,7 @@ Carry = tuple[int, F32]
 """Hash of the space that vectors are carried over from, and M [D, D]: v in that space is about v @ M in this one."""
 
 
-@dataclass(frozen=True, slots=True)
-class Context:
+class Context(NamedTuple):
     """What stays the same over a batch."""
 
     config: UserStateConfig
@@ -98,6 +97,7 @@ class Columns:
     kind: npt.NDArray[np.int8]
     offset: npt.NDArray[np.int64]
     time_ms: npt.NDArray[np.int64]
+    time_s: npt.NDArray[np.int64]
     event_hash: npt.NDArray[np.uint64]
     request: npt.NDArray[np.uint32]
     surface: npt.NDArray[np.uint8]
@@ -117,15 +117,20 @@ class Columns:
         """Return the columns of events; looks up the vectors of all actions at once."""
         n = len(events)
         kind = np.array([e.kind for e in events], np.int8)
-        item, vector_ND, known = np.zeros(n, np.uint64), np.zeros((n, DIM), np.float32), np.zeros(n, np.bool_)
-        acted = (kind == ACTION).nonzero()[0]
-        if len(acted):
-            item[acted] = [events[i].items[0] for i in acted.tolist()]
-            vector_ND[acted], known[acted] = vectors.by_hash(item[acted])
+        time_ms = np.array([e.time_ms for e in events], np.int64)
+        acted = [i for i, e in enumerate(events) if e.kind == ACTION]
+        if len(acted) == n:
+            item = np.concatenate([e.items for e in events])
+            vector_ND, known = vectors.by_hash(item)
+        else:
+            item, vector_ND, known = np.zeros(n, np.uint64), np.zeros((n, DIM), np.float32), np.zeros(n, np.bool_)
+            if acted:
+                hashes = item[acted] = np.concatenate([events[i].items for i in acted])
+                vector_ND[acted], known[acted] = vectors.by_hash(hashes)
         n_items, items_NS = np.zeros(n, np.uint8), np.zeros((n, SHOWN), np.uint32)
-        shown = (kind == IMPRESSION).nonzero()[0]
-        if len(shown):
-            slates = [events[i].items for i in shown.tolist()]
+        shown = [i for i, e in enumerate(events) if e.kind == IMPRESSION]
+        if shown:
+            slates = [events[i].items for i in shown]
             sizes = np.array([len(items) for items in slates])
             n_items[shown] = np.minimum(sizes, 255)
             held_NS = np.zeros((n, SHOWN), np.bool_)
@@ -134,7 +139,8 @@ class Columns:
         return cls(
             kind,
             np.array([e.offset for e in events], np.int64),
-            np.array([e.time_ms for e in events], np.int64),
+            time_ms,
+            time_ms // 1000,
             np.array([e.event_hash for e in events], np.uint64),
             np.array([e.request_hash for e in events], np.uint32),
             np.array([e.surface for e in events], np.uint8),
@@ -167,13 +173,19 @@ class RowVectors:
         self._stepped = np.zeros(len(rows), np.bool_)
 
     def get(self, at: Ints) -> F32:
-        """Return the vectors of the rows ``at``, as they stand in this event."""
-        return self._read()[at]
+        """Return the vectors of the rows ``at``, rising, as they stand in this event; they are not to be written to."""
+        h_RTD = self._read()
+        # Of all rows no copy is needed; a fancy index costs four times as much as this.
+        return h_RTD if len(at) == len(h_RTD) else h_RTD.take(at, axis=0)
 
     def set(self, at: Ints, h_RTD: F32) -> None:
-        """Replace the vectors of the rows ``at``."""
-        self._read()[at] = h_RTD
-        self._stepped[at] = True
+        """Replace the vectors of the rows ``at``, rising."""
+        if len(at) == len(self._rows):
+            self._h_RTD = h_RTD
+            self._stepped[:] = True
+        else:
+            self._read()[at] = h_RTD
+            self._stepped[at] = True
 
     def store(self) -> None:
         """Write back what moved: the one point at which values are rounded to fp16."""
@@ -181,9 +193,10 @@ class RowVectors:
         if len(at):
             h_RTD = self.get(at)
             length_RT = norms(h_RTD)
-            unit_RTD = h_RTD / np.where(length_RT > 0, length_RT, 1)[..., None]
-            self._rows["vectors"][at] = unit_RTD.astype(np.float16)
-            self._rows["norms"][at] = length_RT
+            places: Ints | slice = at if len(at) < len(self._rows) else slice(None)
+            unit_RTD = h_RTD / (length_RT + (length_RT == 0))[..., None]
+            self._rows["vectors"][places] = unit_RTD.astype(np.float16)
+            self._rows["norms"][places] = length_RT
 
     def _read(self) -> F32:
         # Of most events no vector is wanted: they are read when the first one is.
@@ -200,7 +213,13 @@ def read_vectors(rows: Rows) -> F32:
 
 def whole(records: npt.NDArray[np.void]) -> npt.NDArray[np.void]:
     """Return a view of records as one piece each: NumPy copies a record field by field, at up to ten times the cost."""
-    return records.view(f"V{records.itemsize}")
+    return records.view(_piece(records.itemsize))
+
+
+@lru_cache
+def _piece(size: int) -> np.dtype[np.void]:
+    """Return the type of a piece, kept: to read its name costs as much as the view."""
+    return np.dtype(f"V{size}")
 
 
 def rows_at(rows: Rows, at: npt.NDArray[Any]) -> Rows:
@@ -222,7 +241,9 @@ def rounds(users: Sequence[int]) -> tuple[Ints, Ints, list[int]]:
     turns: dict[int, list[int]] = {}
     for place, user in enumerate(users):
         turns.setdefault(user, []).append(place)
-    touched = sorted(turns, key=lambda user: (-len(turns[user]), user))
+    touched = sorted(turns)
+    if len(touched) < len(users):
+        touched.sort(key=lambda user: -len(turns[user]))
     waiting = [turns[user] for user in touched]
     order: list[int] = []
     bounds = [0]

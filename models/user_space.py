@@ -19,18 +19,21 @@ from models.user_steps import F32, logistic_step
 def enter_space(rows: Rows, now_ms: npt.NDArray[np.int64], vectors: RowVectors, context: Context) -> Bools:
     """Decay the vectors, rebuild those of an older space; return the rows of a newer one, which are left alone."""
     held = rows["space_id"]
-    foreign = (held != context.space) & (held != 0)
-    frozen: Bools = foreign & (rows["generation"] > context.generation)
-    stale = (foreign & ~frozen).nonzero()[0]
-    # Of the undecayed rows: it decays by itself.
-    anew_RTD = _made_anew(rows, stale, now_ms, context) if len(stale) else None
+    frozen: Bools = held != context.space
+    anew_RTD = None
+    if np.count_nonzero(frozen):
+        foreign = frozen & (held != 0)
+        frozen = foreign & (rows["generation"] > context.generation)
+        stale = (foreign & ~frozen).nonzero()[0]
+        # Of the undecayed rows: it decays by itself.
+        anew_RTD = _made_anew(rows, stale, now_ms, context) if len(stale) else None
     since_ms = rows["vector_time_ms"]
     until_ms = np.maximum(since_ms, now_ms)
     free: Bools | slice = slice(None)
     if np.count_nonzero(frozen):
         free = ~frozen
         until_ms[frozen] = since_ms[frozen]
-    elapsed_seconds = np.where(since_ms > 0, until_ms - since_ms, 0) / 1000.0
+    elapsed_seconds = (until_ms - since_ms) * (since_ms > 0) / 1000.0
     rows["norms"] *= np.exp2(-elapsed_seconds[:, None] / context.half_lives_T).astype(np.float32)
     rows["vector_time_ms"] = until_ms
     rows["space_id"][free] = context.space

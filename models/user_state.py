@@ -54,6 +54,7 @@ from models.user_row import (
     FLAG_MARKER,
     NEGATIVE,
     PENDING,
+    PENDING_ENTRY,
     PENDING_ITEMS,
     POSITIVE,
     RECENT,
@@ -111,6 +112,11 @@ _APPLIED: Final = int(Outcome.APPLIED)
 _CLICK: Final = ACTIONS.index("click") + 1
 _NO_SLOT: Final = PENDING_ITEMS
 """Place of the acted-on item where the impression does not hold it: one after the held ones."""
+_STEP_PENDING: Final = np.uint8(STEP_PENDING)
+_CLICKED_BITS: Final = np.array([1 << place for place in range(PENDING_ITEMS)] + [CLICKED_ELSEWHERE], np.uint16)
+"""Bit of ``clicked`` by place."""
+_RING: Final = np.arange(RECENT)
+_FREE: Final = whole(np.zeros(1, PENDING_ENTRY))[0]
 
 
 @overload
@@ -172,11 +178,11 @@ def apply(
         raise RowError(
             f"item vectors have {vectors.dim} dimensions, a user row {DIM}; rows were kept: project to {DIM}"
         )
-    out = rows_at(rows, np.arange(len(rows)))
     outcomes = np.zeros(len(events), np.int8)
     impressions = [i for i, event in enumerate(events) if event.kind == IMPRESSION] if keep_before else []
     before, before_index = empty_rows(len(impressions)), np.array(impressions, np.intp)
     if not events:
+        out = rows_at(rows, np.arange(len(rows)))
         return (out, outcomes, before, before_index) if keep_before else (out, outcomes)
     context = Context.of(config, vectors, epoch, space_id, generation, surfaces, carry)
     touched, order, bounds = rounds([event.user for event in events])
@@ -188,7 +194,11 @@ def apply(
             shown_now = (turn.kind == IMPRESSION).nonzero()[0]
             put_rows(before, before_index.searchsorted(order[start:end][shown_now]), rows_at(work, shown_now))
         outcomes[order[start:end]] = _round(work[: end - start], turn, context)
-    put_rows(out, touched, work)
+    # One round of all users has them in their order.
+    out = work
+    if len(bounds) > 2 or len(touched) < len(rows):
+        out = rows_at(rows, np.arange(len(rows)))
+        put_rows(out, touched, work)
     return (out, outcomes, before, before_index) if keep_before else (out, outcomes)
 
 
@@ -198,19 +208,20 @@ def _round(rows: Rows, events: Columns, context: Context) -> npt.NDArray[np.int8
     replayed = (rows["epoch"] == context.epoch) & (rows["offset"] > events.offset)
     repeated = rows["event_ids"] == events.event_hash[:, None]
     # To count is the cheapest test of a few.
-    above: Bools | slice = ~replayed if np.count_nonzero(replayed) else slice(None)
+    any_replayed = np.count_nonzero(replayed)
+    above: Bools | slice = ~replayed if any_replayed else slice(None)
     rows["version"][above] = VERSION
     rows["epoch"][above] = context.epoch
     rows["offset"][above] = events.offset[above] + 1
     if np.count_nonzero(rows["flags"]):
         rows["flags"][above] &= np.uint8(~FLAG_MARKER & 0xFF)
-    if np.count_nonzero(repeated):
-        outcomes[repeated.any(axis=1)] = Outcome.DUPLICATE
+    if not any_replayed and not np.count_nonzero(repeated):
+        _apply_events(rows, events, context)
+        return outcomes
+    outcomes[repeated.any(axis=1)] = Outcome.DUPLICATE
     outcomes[replayed] = Outcome.REPLAYED
     fresh = (outcomes == _APPLIED).nonzero()[0]
-    if len(fresh) == len(rows):
-        _apply_events(rows, events, context)
-    elif len(fresh):
+    if len(fresh):
         some = rows_at(rows, fresh)
         _apply_events(some, events.take(fresh), context)
         put_rows(rows, fresh, some)
@@ -227,18 +238,19 @@ def _apply_events(rows: Rows, events: Columns, context: Context) -> None:
     acted = (events.kind == ACTION).nonzero()[0]
     if len(acted) == len(rows):
         _act(rows, acted, events, frozen, vectors, context)
-    elif len(acted):
-        some = rows_at(rows, acted)
-        _act(some, acted, events.take(acted), frozen[acted], vectors, context)
-        put_rows(rows, acted, some)
-    impressed = (events.kind == IMPRESSION).nonzero()[0]
-    if len(impressed) == len(rows):
-        _impress(rows, events)
-    elif len(impressed):
-        some = rows_at(rows, impressed)
-        _impress(some, events.take(impressed))
-        put_rows(rows, impressed, some)
-    rows["requests"] += events.kind == REQUEST
+    else:
+        if len(acted):
+            some = rows_at(rows, acted)
+            _act(some, acted, events.take(acted), frozen[acted], vectors, context)
+            put_rows(rows, acted, some)
+        impressed = (events.kind == IMPRESSION).nonzero()[0]
+        if len(impressed) == len(rows):
+            _impress(rows, events)
+        elif len(impressed):
+            some = rows_at(rows, impressed)
+            _impress(some, events.take(impressed))
+            put_rows(rows, impressed, some)
+        rows["requests"] += events.kind == REQUEST
     vectors.store()
     ids = rows["event_ids"]
     ids[:, 1:] = ids[:, :-1].copy()
@@ -248,9 +260,10 @@ def _apply_events(rows: Rows, events: Columns, context: Context) -> None:
 
 def _take_pending_steps(rows: Rows, frozen: Bools, vectors: RowVectors, context: Context) -> None:
     """Take the steps of items that have a vector now, oldest first: logistic, at the default base rate."""
-    waiting = (rows["recent"]["action"] & STEP_PENDING) != 0
-    if not np.count_nonzero(waiting):
+    bits = rows["recent"]["action"] & _STEP_PENDING
+    if not np.count_nonzero(bits):
         return
+    waiting = bits != 0
     some = np.flatnonzero(waiting.any(axis=1) & ~frozen)
     if not len(some):
         return
@@ -267,7 +280,7 @@ def _take_pending_steps(rows: Rows, frozen: Bools, vectors: RowVectors, context:
         at, found_RD = at[known], found[known]
         if not len(at):
             continue
-        codes = ring["action"][at] & np.uint8(~STEP_PENDING & 0xFF)
+        codes = ring["action"][at] & ~_STEP_PENDING
         label = (codes & POSITIVE > 0).astype(np.float32)
         bias = np.full(len(at), context.biases[NO_SURFACE])
         h_RTD = logistic_step(vectors.get(at), found_RD, context.strengths[codes], label, bias, context.rates)
@@ -281,40 +294,48 @@ def _close_impressions(
     """Remove the impressions whose window is over, in order of closing, with a weak step against the unclicked."""
     ring = rows["pending"]
     age_s = (now_ms // 1000)[:, None] - ring["time_s"]
-    over = (ring["n"] > 0) & (age_s > context.windows_seconds[ring["surface"]])
+    over = ring["n"].astype(np.bool_) & (age_s > context.windows_seconds.take(ring["surface"]))
     if not np.count_nonzero(over):
         return
-    over &= ~frozen[:, None]
-    some = over.any(axis=1).nonzero()[0]
+    if np.count_nonzero(frozen):
+        over &= ~frozen[:, None]
+    some = np.logical_or.reduce(over, axis=1).nonzero()[0]
     if not len(some):
         return
-    held, over = ring[some], over[some]
-    # Oldest log order last in the ring: reversed, a stable sort by time breaks ties in favour of the older one.
-    times_s = np.where(over, held["time_s"].astype(np.int64), 2**32)
-    closing = (PENDING - 1) - times_s[:, ::-1].argsort(axis=1, kind="stable")
-    _step_against(rows, some, at_columns(held, closing), at_columns(over, closing), vectors, context)
-    held[over] = np.zeros((), held.dtype)
-    rows["pending"][some] = at_columns(held, over.argsort(axis=1, kind="stable"))
+    entries = whole(ring)
+    held, over = entries[some], over[some]
+    _step_against(rows, some, over, vectors, context)
+    held[over] = _FREE
+    entries[some] = at_columns(held, over.argsort(axis=1, kind="stable"))
 
 
-def _step_against(rows: Rows, at: Ints, entries: Rows, over: Bools, vectors: RowVectors, context: Context) -> None:
+def _step_against(rows: Rows, at: Ints, over: Bools, vectors: RowVectors, context: Context) -> None:
     """Step against the unclicked impressions of each row ``at``, unless enough were since the last positive action.
 
-    ``entries`` [R, PENDING] in the order of closing, and which of them close, ``over``.
+    ``over`` [R, PENDING]: which of the row's impressions close.
     """
-    unclicked = over & (entries["clicked"] == 0)
-    counted = rows["unclicked"][at, None] + unclicked.cumsum(axis=1)
-    rows["unclicked"][at] = np.minimum(counted[:, -1], 255)
+    ring = rows["pending"]
+    unclicked = over & (ring["clicked"][at] == 0)
+    before = rows["unclicked"][at]
+    rows["unclicked"][at] = np.minimum(before + np.add.reduce(unclicked, axis=1), 255)
     if context.config.unclicked_weight <= 0:
         return
     # A vector of zero stays one: what is true of it before the first step is true of it before each.
-    moves = np.asarray(vectors.get(at).any(axis=(1, 2)))
-    steps = unclicked & (counted <= context.config.unclicked_cap) & moves[:, None]
-    if not np.count_nonzero(steps):
+    unclicked &= np.logical_or.reduce(vectors.get(at), axis=(1, 2))[:, None]
+    if not np.count_nonzero(unclicked):
         return
-    against = entries[steps]
+    # Oldest log order last in the ring: reversed, a stable sort by time breaks ties in favour of the older one.
+    times_s = np.where(over, ring["time_s"][at].astype(np.int64), 2**32)
+    closing = (PENDING - 1) - times_s[:, ::-1].argsort(axis=1, kind="stable")
+    steps = at_columns(unclicked, closing)
+    steps &= before[:, None] + steps.cumsum(axis=1) <= context.config.unclicked_cap
+    stepping, turns = steps.nonzero()
+    if not len(stepping):
+        return
+    row, slot = at[stepping], closing[stepping, turns]
+    surface = ring["surface"][row, slot]
     number = steps.cumsum().reshape(steps.shape) - 1
-    items_EKD, known_EK = _held_items(against, context)
+    items_EKD, known_EK = _held_items(ring["items"][row, slot], context)
     steps[steps] = known_EK.any(axis=1)
     for turn in range(PENDING):
         some = steps[:, turn].nonzero()[0]
@@ -325,7 +346,7 @@ def _step_against(rows: Rows, at: Ints, entries: Rows, over: Bools, vectors: Row
             vectors.get(at[some]),
             items_EKD[which],
             known_EK[which],
-            context.biases[against["surface"][which]],
+            context.biases[surface[which]],
             np.float32(context.config.unclicked_weight),
             np.float32(context.config.unclicked_max_share),
             context.rates,
@@ -333,13 +354,13 @@ def _step_against(rows: Rows, at: Ints, entries: Rows, over: Bools, vectors: Row
         vectors.set(at[some], stepped_RTD)
 
 
-def _held_items(entries: Rows, context: Context, room: int = 0) -> tuple[F32, Bools]:
+def _held_items(held: npt.NDArray[np.uint32], context: Context, room: int = 0) -> tuple[F32, Bools]:
     """Return the vectors [R, K, D] of the items that impressions hold, zero where unknown, and which are known.
 
-    ``room``: places left free behind them.
+    ``held``: their short hashes [R, PENDING_ITEMS]; ``room``: places left free behind them.
     """
-    hashes = np.zeros((len(entries), PENDING_ITEMS + room), np.uint32)
-    hashes[:, :PENDING_ITEMS] = entries["items"]
+    hashes = np.zeros((len(held), PENDING_ITEMS + room), np.uint32)
+    hashes[:, :PENDING_ITEMS] = held
     found, known = context.vectors.by_short_hash(hashes.reshape(-1))
     known_RK = known.reshape(hashes.shape) & (hashes != 0)
     items_RKD = found.reshape(*hashes.shape, DIM) * known_RK[..., None]
@@ -352,41 +373,45 @@ def _act(rows: Rows, at: Ints, events: Columns, frozen: Bools, vectors: RowVecto
     ``at``: the places of the rows among those of ``vectors``.
     """
     found, slot, place = _match(rows, events, context)
-    positive = (events.action & POSITIVE) != 0
+    positive = (events.action & POSITIVE).astype(np.bool_)
     clicked = (found & positive).nonzero()[0]
     if len(clicked):
-        bits = np.where(place == _NO_SLOT, CLICKED_ELSEWHERE, 1 << place).astype(np.uint16)
-        rows["pending"]["clicked"][clicked, slot[clicked]] |= bits[clicked]
+        bits = _CLICKED_BITS.take(place.take(clicked))
+        rows["pending"]["clicked"][clicked, slot.take(clicked)] |= bits
     rows["unclicked"][positive] = 0
 
-    steps = (events.strength > 0) & events.known & ~frozen
+    labelled = events.strength > 0
+    steps = labelled & events.known & ~frozen
     alone = steps.copy()
-    by_slate = clicked[steps[clicked]]
+    by_slate = clicked[steps.take(clicked)]
     if len(by_slate):
-        items_RKD, known_RK = _held_items(rows["pending"][by_slate, slot[by_slate]], context, room=1)
-        each, chosen = np.arange(len(by_slate)), place[by_slate]
-        items_RKD[each, chosen] = events.vector_ND[by_slate]
+        held = rows["pending"]["items"][by_slate, slot.take(by_slate)]
+        items_RKD, known_RK = _held_items(held, context, room=1)
+        each, chosen = np.arange(len(by_slate)), place.take(by_slate)
+        items_RKD[each, chosen] = events.vector_ND.take(by_slate, axis=0)
         known_RK[each, chosen] = True
         # One known item alone has p = 1 and would teach nothing.
-        enough = known_RK.sum(axis=1) > 1
-        by_slate, items_RKD, known_RK, chosen = by_slate[enough], items_RKD[enough], known_RK[enough], chosen[enough]
+        enough = np.add.reduce(known_RK, axis=1) > 1
+        if np.count_nonzero(enough) < len(enough):
+            by_slate, chosen = by_slate[enough], chosen[enough]
+            items_RKD, known_RK = items_RKD[enough], known_RK[enough]
         alone[by_slate] = False
-        acting = at[by_slate]
-        weight = events.strength[by_slate]
+        acting = at.take(by_slate)
+        weight = events.strength.take(by_slate)
         vectors.set(acting, softmax_step(vectors.get(acting), items_RKD, known_RK, chosen, weight, context.rates))
     single = alone.nonzero()[0]
     if len(single):
-        acting = at[single]
+        acting = at.take(single)
         h_RTD = logistic_step(
             vectors.get(acting),
-            events.vector_ND[single],
-            events.strength[single],
-            events.label[single],
-            context.biases[events.surface[single]],
+            events.vector_ND.take(single, axis=0),
+            events.strength.take(single),
+            events.label.take(single),
+            context.biases.take(events.surface.take(single)),
             context.rates,
         )
         vectors.set(acting, h_RTD)
-    _remember(rows, events, (events.strength > 0) & ~steps)
+    _remember(rows, events, labelled & ~steps)
     rows["actions"] += 1
     rows["clicks"] += (events.action & ACTION_MASK) == _CLICK
 
@@ -397,17 +422,23 @@ def _match(rows: Rows, events: Columns, context: Context) -> tuple[Bools, Ints, 
     Returns whether there is one [R], its slot [R] and the item's place in it [R] (_NO_SLOT: not held).
     """
     ring = rows["pending"]
-    age_s = (events.time_ms // 1000)[:, None] - ring["time_s"]
-    open_ = (ring["n"] > 0) & (age_s <= context.windows_seconds[ring["surface"]])
-    holds = ring["items"] == short_hashes(events.item)[:, None, None]
+    age_s = events.time_s[:, None] - ring["time_s"]
+    open_ = ring["n"].astype(np.bool_) & (age_s <= context.windows_seconds.take(ring["surface"]))
+    if not np.count_nonzero(open_):
+        none = np.zeros(len(rows), np.intp)
+        return none != 0, none, none + _NO_SLOT
+    holds = np.empty((len(rows), PENDING, PENDING_ITEMS + 1), np.bool_)
+    np.equal(ring["items"], short_hashes(events.item)[:, None, None], out=holds[:, :, :_NO_SLOT])
+    # The first true one is looked for: this one where the item is in none.
+    holds[:, :, _NO_SLOT] = True
+    place = holds.argmax(axis=2)
     by_request = open_ & (ring["request"] == events.request[:, None]) & (events.request != 0)[:, None]
-    by_item = open_ & holds.any(axis=2)
-    eligible = np.where(by_request.any(axis=1)[:, None], by_request, by_item)
+    by_item = open_ & (place < _NO_SLOT)
+    # The first of the highest: one by request, else one by item.
+    rank = np.where(by_request, 2, by_item)
+    slot = rank.argmax(axis=1)
     each = np.arange(len(rows))
-    slot = eligible.argmax(axis=1)
-    in_slot = holds[each, slot]
-    place = in_slot.argmax(axis=1)
-    return eligible[each, slot], slot, np.where(in_slot[each, place], place, _NO_SLOT)
+    return rank[each, slot] > 0, slot, place[each, slot]
 
 
 def _remember(rows: Rows, events: Columns, pending: Bools) -> None:
@@ -417,18 +448,19 @@ def _remember(rows: Rows, events: Columns, pending: Bools) -> None:
     """
     ring = rows["recent"]
     there = ring["item"] == events.item[:, None]
-    each, place = np.arange(len(rows)), np.arange(RECENT)
-    where = there.argmax(axis=1)
-    is_there = there[each, where]
-    where[~is_there] = RECENT - 1
-    keep_old = is_there & ((events.action & (POSITIVE | NEGATIVE)) == 0)
-    code = np.where(keep_old, ring["action"][each, where], events.action | pending * np.uint8(STEP_PENDING))
+    code = events.action | pending * _STEP_PENDING
+    unlabelled = (events.action & (POSITIVE | NEGATIVE)) == 0
+    if np.count_nonzero(unlabelled):
+        old, place = (there & unlabelled[:, None]).nonzero()
+        code[old] = ring["action"][old, place]
+    # A new item takes the place of the oldest.
+    there[:, -1] = True
     # The entry at 0 is written anew.
-    source = np.maximum(place - (place <= where[:, None]), 0)
+    source = np.maximum(_RING - (there.argmax(axis=1)[:, None] >= _RING), 0)
     entries = whole(ring)
     entries[:] = at_columns(entries, source)
     ring["item"][:, 0] = events.item
-    ring["time_s"][:, 0] = events.time_ms // 1000
+    ring["time_s"][:, 0] = events.time_s
     ring["action"][:, 0] = code
 
 
@@ -440,7 +472,7 @@ def _impress(rows: Rows, events: Columns) -> None:
     entries[:, 1:] = entries[:, :-1]
     newest = open_[:, 0]
     newest["request"] = events.request
-    newest["time_s"] = events.time_ms // 1000
+    newest["time_s"] = events.time_s
     newest["clicked"] = 0
     newest["surface"] = events.surface
     newest["n"] = events.n_items

@@ -7,11 +7,16 @@ Formulas: docs/user-row.md. Everything is float32; rounding to fp16 is the calle
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
 F32 = npt.NDArray[np.float32]
+
+_ONE: Final = np.float32(1)
+_STEEP: Final = np.float32(60)
+_NEVER: Final = np.float32(-np.inf)
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,8 +30,8 @@ class StepRates:
 
 
 def sigmoid(x: F32) -> F32:
-    """Return 1 / (1 + e^−x); beyond ±60 the result is 0 or 1 in float32 anyway."""
-    return np.float32(1) / (np.float32(1) + np.exp(np.minimum(np.maximum(-x, -60), 60)))
+    """Return 1 / (1 + e^−x); below −60 the result is held: e^−x must not overflow."""
+    return _ONE / (_ONE + np.exp(np.minimum(-x, _STEEP)))
 
 
 def norms(h_RTD: F32) -> F32:
@@ -61,9 +66,9 @@ def softmax_step(
 ) -> F32:
     """Return h ← (1 − ηλ)·h + η·w·(v_clicked − Σ_j p_j·v_j), p = softmax_j(s·h·v_j) over the known items; bounded."""
     logit_RTK = rates.logit_scale * np.einsum("rtd,rkd->rtk", h_RTD, items_RKD)
-    logit_RTK = np.where(known_RK[:, None, :], logit_RTK, np.float32(-np.inf))
-    share_RTK = np.exp(logit_RTK - logit_RTK.max(axis=-1, keepdims=True))
-    share_RTK /= share_RTK.sum(axis=-1, keepdims=True)
+    logit_RTK = np.where(known_RK[:, None, :], logit_RTK, _NEVER)
+    share_RTK = np.exp(logit_RTK - np.maximum.reduce(logit_RTK, axis=-1, keepdims=True))
+    share_RTK /= np.add.reduce(share_RTK, axis=-1, keepdims=True)
     clicked_RD = items_RKD[np.arange(len(items_RKD)), clicked_R]
     mean_RTD = np.einsum("rtk,rkd->rtd", share_RTK, items_RKD)
     gain_RT = rates.rates_T * weight_R[:, None]
@@ -86,9 +91,9 @@ def unclicked_step(
     """
     logit_RTK = rates.logit_scale * np.einsum("rtd,rkd->rtk", h_RTD, items_RKD) + bias_R[:, None, None]
     expected_RTK = sigmoid(logit_RTK) * known_RK[:, None, :]
-    expected_RTK /= np.maximum(known_RK.sum(axis=1), 1).astype(np.float32)[:, None, None]
+    expected_RTK /= np.maximum(np.add.reduce(known_RK, axis=1), 1).astype(np.float32)[:, None, None]
     step_RTD = (rates.rates_T * weight)[:, None] * np.einsum("rtk,rkd->rtd", expected_RTK, items_RKD)
     length_RT = norms(step_RTD)
     limit_RT = max_share * norms(h_RTD)
-    scale_RT = np.minimum(np.float32(1), limit_RT / np.maximum(length_RT, np.float32(1e-30)))
+    scale_RT = np.minimum(_ONE, limit_RT / np.maximum(length_RT, np.float32(1e-30)))
     return bound(h_RTD - scale_RT[..., None] * step_RTD, rates.max_norm)

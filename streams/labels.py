@@ -84,7 +84,7 @@ class LabelsWriter:
         mine: list[tuple[list[UserEvent], list[int]]] = [([], []) for _ in keys]
         for event, outcome in zip(events, outcomes, strict=True):
             mine[event.user][0].append(event)
-            mine[event.user][1].append(int(outcome))
+            mine[event.user][1].append(outcome)
         values: dict[RowKey, bytes] = {}
         for place, key in enumerate(keys):
             joined = join(
@@ -99,7 +99,8 @@ class LabelsWriter:
                 may_drop=key not in fresh,
             )
             values[key] = join_value(rows[place], joined.block)
-            closings.labels += [SentLabels.of(key, label) for label in joined.labels]
+            if joined.labels:
+                closings.labels += [SentLabels.of(key, label) for label in joined.labels]
             closings.next_close_ms[key] = joined.next_close_ms
             closings.counts.add(joined.counts)
         return values, closings

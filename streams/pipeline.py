@@ -11,6 +11,7 @@ import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -98,6 +99,9 @@ class Prepared:
     closings: Closings = field(default_factory=Closings)
     """Labels, and when the next ones are due."""
 
+
+_OUTCOMES: Final = {int(outcome): (outcome, outcome.name.lower()) for outcome in Outcome}
+"""Each outcome and its name in the metrics, by number: to ask the enumeration costs more than the rest of the loop."""
 
 RowReader = Callable[[int, bytes], bytes | None]
 ProfileReader = Callable[[int, str], str | None]
@@ -281,13 +285,14 @@ class Pipeline:
             return
         prepared.rows.update(rows)
         prepared.closings.add(closings)
-        prepared.shown.add(span, outcomes, before, impressions)
+        if len(impressions):
+            prepared.shown.add(span, outcomes, before, impressions)
         if steps is not None:
             prepared.steps.append(steps)
-        for decoded, outcome in zip(span, outcomes, strict=True):
-            kind = Outcome(outcome)
-            done.append((decoded, kind))
-            prepared.outcomes.append((decoded.kind, kind.name.lower()))
+        for decoded, number in zip(span, outcomes.tolist(), strict=True):
+            outcome, name = _OUTCOMES[number]
+            done.append((decoded, outcome))
+            prepared.outcomes.append((decoded.kind, name))
             if isinstance(decoded.event, Action) and not self._catalogue.knows(decoded.event.item_id):
                 prepared.unknown_items += 1
 
@@ -302,6 +307,7 @@ class Pipeline:
         held_rows: list[bytes | None] = []
         blocks: list[bytes] = []
         events = []
+        config, surfaces = self._settings.user_state, self._surfaces
         for decoded in span:
             row_key = (decoded.partition, decoded.key)
             place = places.get(row_key)
@@ -311,26 +317,17 @@ class Pipeline:
                 row, block = split_value(held if held is not None else read_row(*row_key))
                 held_rows.append(row)
                 blocks.append(block)
-            events.append(
-                user_event(
-                    decoded.event,
-                    place,
-                    decoded.offset,
-                    decoded.time_ms,
-                    self._settings.user_state,
-                    self._surfaces,
-                )
-            )
+            events.append(user_event(decoded.event, place, decoded.offset, decoded.time_ms, config, surfaces))
         old = decode_rows(held_rows)
         rows, outcomes, before, impressions = apply(
             old,
             events,
             self._catalogue,
-            self._settings.user_state,
+            config,
             epoch=self._epoch,
             space_id=self._space_id,
             generation=self._generation,
-            surfaces=self._surfaces,
+            surfaces=surfaces,
             carry=self._carry,
             keep_before=True,
         )
