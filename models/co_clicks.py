@@ -47,7 +47,8 @@ SPARE: Final = 1.125
 LABELLED: Final = POSITIVE | NEGATIVE
 """Bits of an action code that say what the action means; the code of an action without stays as it was."""
 _LAST: Final = np.iinfo(np.int64).max
-_NO_ROW: Final = np.int64(0x7FFFFFFF)
+_MOST: Final = np.int64(0x7FFFFFFF)
+"""Above every row, and no less than the bits of any float32."""
 _REACH: Final = 40
 """Half-lives after which the landmark moves; a float32 overflows at 127."""
 
@@ -219,7 +220,7 @@ class CoClicks:
         known = (liked >= 0) & (liked < size)
         used = np.logical_or.reduce(known, axis=0).nonzero()[0]
         if not len(used) or most <= 0:
-            return np.zeros((len(liked), 0), np.int32)
+            return np.empty((len(liked), 0), np.int32)
         # Those that are known stand at the front, as a rule fewer than a row remembers.
         liked, known = liked[:, : used[-1] + 1], known[:, : used[-1] + 1]
         own = known * self._fading[: liked.shape[1]]
@@ -307,7 +308,7 @@ def _strongest(found: I32, strength: F64, most: int) -> I32:
     Plain sorts of packed integers, each request by itself: as fast as NumPy sorts, and the same in any batch.
     """
     # What does not follow stands behind all that does, as one row whose sum is not above 0.
-    rows = np.where(strength > 0, found, _NO_ROW)
+    rows = np.where(strength > 0, found, _MOST)
     keys = (rows << 32) | np.arange(found.size).reshape(found.shape)
     keys.sort(axis=1)
     row = keys >> 32
@@ -323,7 +324,7 @@ def _strongest(found: I32, strength: F64, most: int) -> I32:
     total = (sums - np.maximum.accumulate(before, axis=1, out=before)).astype(np.float32)
     # The bits of positive floats are in the order of the floats.
     follows = ends & (total > 0)
-    keys = np.where(follows, (_NO_ROW - total.view(np.int32)) << 32 | row, _LAST)
+    keys = np.where(follows, (_MOST - total.view(np.int32)) << 32 | row, _LAST)
     keys.sort(axis=1)
     most = min(most, int(np.maximum.reduce(np.add.reduce(follows, axis=1, dtype=np.intp))))
     # The lower half of the last key is -1.

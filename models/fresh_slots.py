@@ -145,7 +145,8 @@ class FreshPool:
         chances = np.empty((slots, len(self.rows)), np.float32)
         for j in range(slots):
             at = begins + here.argmax(axis=1)
-            drawn[:, j] = own = self.orders.take(at)
+            own = self.orders.take(at)
+            drawn[:, j] = own
             here.reshape(-1)[at] = False
             chances[j] = np.bincount(own, minlength=len(self.rows)) / len(drawn)
         return Table(drawn, chances, list(compress(self.ids, allowed.tolist())))

@@ -69,6 +69,8 @@ _UNITS: Final = np.where(np.arange(KINDS) == ACTIONS, 1, WEIGHT_UNIT)
 _SALTS: Final = np.arange(1, KINDS + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
 """By kind, what a user's touches of an item are told apart by."""
 _MIX: Final = tuple(map(np.uint64, (30, 0xBF58476D1CE4E5B9, 27, 0x94D049BB133111EB, 31)))
+_FEW_ROWS: Final = 48
+"""Rows up to which a set of Python's is faster than NumPy."""
 _CELL: Final = np.uint64(CELLS - 1)
 _UPPER_HALF: Final = np.uint64(32)
 
@@ -391,8 +393,7 @@ class PartitionCounters:
         slots = self._slot_of_row[rows]
         missing = rows[slots < 0]
         if len(missing):
-            # As a rule these are few: np.unique costs several times as much.
-            new_rows = np.array(sorted(set(missing.tolist())), np.int32)
+            new_rows = _different(missing)
             used = self.used + len(new_rows)
             if used > len(self.rows):
                 self._grow(used)
@@ -411,6 +412,12 @@ class PartitionCounters:
         self.first_ms = grown(self.first_ms, used, NEVER_MS)
         self._dirty = grown(self._dirty, used, False)
         self._dirty_since = grown(self._dirty_since, used, 0)
+
+
+def _different(rows: Int32) -> Int32:
+    """Return the different rows, rising."""
+    # For the few of a batch of events np.unique takes several times as long.
+    return np.unique(rows) if len(rows) > _FEW_ROWS else np.array(sorted(set(rows.tolist())), np.int32)
 
 
 def _lengths(ends: list[int]) -> Int64:

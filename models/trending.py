@@ -67,8 +67,7 @@ class Lists:
 
         ``liked_codes`` int32 [B, R], newest first, 0 for none. The categories take turns.
         """
-        found = np.empty((len(liked_codes), LENGTH, CATEGORIES), np.int32)
-        found.fill(-1)
+        found = np.full((len(liked_codes), LENGTH, CATEGORIES), -1, np.int32)
         for b, codes in enumerate(liked_codes.tolist()):
             mine = [code for code in dict.fromkeys(codes) if 0 < code < len(self.by_category)][:CATEGORIES]
             for i, code in enumerate(mine):

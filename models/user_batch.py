@@ -125,7 +125,8 @@ class Columns:
         else:
             item, vector_ND, known = np.zeros(n, np.uint64), np.zeros((n, DIM), np.float32), np.zeros(n, np.bool_)
             if acted:
-                hashes = item[acted] = np.concatenate([events[i].items for i in acted])
+                hashes = np.concatenate([events[i].items for i in acted])
+                item[acted] = hashes
                 vector_ND[acted], known[acted] = vectors.by_hash(hashes)
         n_items, items_NS = np.zeros(n, np.uint8), np.zeros((n, SHOWN), np.uint32)
         shown = [i for i, e in enumerate(events) if e.kind == IMPRESSION]
@@ -179,7 +180,7 @@ class RowVectors:
         return h_RTD if len(at) == len(h_RTD) else h_RTD.take(at, axis=0)
 
     def set(self, at: Ints, h_RTD: F32) -> None:
-        """Replace the vectors of the rows ``at``, rising."""
+        """Replace the vectors of the rows ``at``, rising; the array is kept and may be written to."""
         if len(at) == len(self._rows):
             self._h_RTD = h_RTD
             self._stepped[:] = True

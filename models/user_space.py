@@ -19,10 +19,10 @@ from models.user_steps import F32, logistic_step
 def enter_space(rows: Rows, now_ms: npt.NDArray[np.int64], vectors: RowVectors, context: Context) -> Bools:
     """Decay the vectors, rebuild those of an older space; return the rows of a newer one, which are left alone."""
     held = rows["space_id"]
-    frozen: Bools = held != context.space
-    anew_RTD = None
-    if np.count_nonzero(frozen):
-        foreign = frozen & (held != 0)
+    elsewhere: Bools = held != context.space
+    frozen, anew_RTD = elsewhere, None
+    if np.count_nonzero(elsewhere):
+        foreign = elsewhere & (held != 0)
         frozen = foreign & (rows["generation"] > context.generation)
         stale = (foreign & ~frozen).nonzero()[0]
         # Of the undecayed rows: it decays by itself.

@@ -113,10 +113,13 @@ _CLICK: Final = ACTIONS.index("click") + 1
 _NO_SLOT: Final = PENDING_ITEMS
 """Place of the acted-on item where the impression does not hold it: one after the held ones."""
 _STEP_PENDING: Final = np.uint8(STEP_PENDING)
+"""The bit in the type of action codes."""
 _CLICKED_BITS: Final = np.array([1 << place for place in range(PENDING_ITEMS)] + [CLICKED_ELSEWHERE], np.uint16)
 """Bit of ``clicked`` by place."""
 _RING: Final = np.arange(RECENT)
+"""The places of recent items."""
 _FREE: Final = whole(np.zeros(1, PENDING_ENTRY))[0]
+"""A free place of pending impressions, as one piece."""
 
 
 @overload
@@ -451,8 +454,8 @@ def _remember(rows: Rows, events: Columns, pending: Bools) -> None:
     code = events.action | pending * _STEP_PENDING
     unlabelled = (events.action & (POSITIVE | NEGATIVE)) == 0
     if np.count_nonzero(unlabelled):
-        old, place = (there & unlabelled[:, None]).nonzero()
-        code[old] = ring["action"][old, place]
+        old = (there & unlabelled[:, None]).any(axis=1).nonzero()[0]
+        code[old] = ring["action"][old, there[old].argmax(axis=1)]
     # A new item takes the place of the oldest.
     there[:, -1] = True
     # The entry at 0 is written anew.
