@@ -23,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field
 
+from models.columns import at_columns
 from models.errors import ModelError
 
 F32 = npt.NDArray[np.float32]
@@ -130,8 +131,8 @@ class CtrScorer:
         self._features = np.asarray(weights, np.float32)
         self._bias = np.asarray(t["head.bias"] - t["feature_mean"].astype(np.float64) @ weights, np.float32)
         self._layers = [(t[f"head.layer{at}.weight"], t[f"head.layer{at}.bias"]) for at in range(1, len(config.hidden))]
-        self._decay, self._nothing = float(t["attention.decay"][0]), float(t["attention.nothing"][0])
-        self._scale, self._base = float(t["head.scale"][0]), float(t["head.base"][0])
+        self._decay, self._nothing = t["attention.decay"][0], t["attention.nothing"][0]
+        self._scale, self._base = t["head.scale"][0], t["head.base"][0]
 
     def logits(
         self,
@@ -151,7 +152,7 @@ class CtrScorer:
         """
         slates, width, dim = items_SCD.shape
         kinds = recent_codes_SR & np.uint8(KIND_MASK)
-        values = recents_SRD * (self.tensors["attention.gain"][kinds] * recent_known_SR)[:, :, None]
+        values: F32 = recents_SRD * (self.tensors["attention.gain"].take(kinds) * recent_known_SR)[:, :, None]
         places = values.shape[1]
         both = np.concatenate([(recents_SRD.reshape(-1, dim) @ self._keys).reshape(values.shape), values], axis=1)
         products = items_SCD @ both.transpose(0, 2, 1)
@@ -160,7 +161,7 @@ class CtrScorer:
         # |u|² = aᵀ(V·Vᵀ)a: u itself, of D numbers for each candidate, is never made.
         gram = values @ values.transpose(0, 2, 1)
         square = np.einsum("scr,scr->sc", attention @ gram, attention)
-        hidden = attention @ (values @ self.tensors["head.user"])
+        hidden: F32 = attention @ (values @ self.tensors["head.user"])
         flat = hidden.reshape(slates * width, -1)
         flat += items_SCD.reshape(-1, dim) @ self.tensors["head.item"]
         flat += x_SCF.reshape(slates * width, -1) @ self._features
@@ -170,7 +171,7 @@ class CtrScorer:
             flat += bias
         out = (self._activate(flat) @ self.tensors["head.out"]).reshape(slates, width)
         cosine = along / np.sqrt(np.maximum(square, np.float32(0)) + np.float32(SMALL_NORM**2))
-        return np.asarray(out + np.float32(self._scale) * cosine + np.float32(self._base), np.float32), attention
+        return np.asarray(out + self._scale * cosine + self._base, np.float32), attention
 
     def log_odds(self, logits: F32) -> F32:
         """Return the calibrated log-odds a·z + b of raw logits, any shape; the CTR is its sigmoid.
@@ -187,13 +188,15 @@ class CtrScorer:
         # What is not finite compares as false: any age may stand where nothing is known.
         age = np.where(age < np.inf, np.fmax(age, np.float32(0)), np.float32(0))
         old = np.log1p(age / np.float32(AGE_UNIT_SECONDS))
-        bias = self.tensors["attention.kind"][kinds] - np.float32(self._decay) * old
+        bias = self.tensors["attention.kind"].take(kinds) - self._decay * old
         scores = scores + np.where(known, bias, np.float32(UNKNOWN_SCORE))[:, None, :]
-        highest = scores.max(axis=2, initial=np.float32(self._nothing))
+        # By its place: NumPy finds that in less than half the time of the maximum of so short rows.
+        rows = scores.reshape(-1, scores.shape[2])
+        highest = np.maximum(at_columns(rows, rows.argmax(axis=1)[:, None]), self._nothing).reshape(scores.shape[:2])
         scores -= highest[:, :, None]
         np.exp(scores, out=scores)
-        total = scores.sum(axis=2)
-        total += np.exp(np.float32(self._nothing) - highest)
+        total = np.add.reduce(scores, axis=2)
+        total += np.exp(self._nothing - highest)
         scores /= total[:, :, None]
         return scores
 

@@ -79,10 +79,10 @@ def diverse(
     a maximum. ``ks`` int64 [B].
     """
     batch, width = rows.shape
-    k = int(min(ks.max(initial=0), width))
+    k = int(min(np.maximum.reduce(ks, initial=0), width))
     order, counts = top_k(scores, rows, valid, width)
     compared = np.minimum(counts, width if config.max_per_category else np.maximum(LEAST_COMPARED, 2 * ks))
-    reach = int(compared.max(initial=0))
+    reach = int(np.maximum.reduce(compared, initial=0))
     order = order[:, :reach]
     counts = np.minimum(counts, ks)
     if not k or not reach:
@@ -93,21 +93,25 @@ def diverse(
     ordered = scores.take(in_row)
     penalised = ordered < -UNWANTED_PENALTY / 2
     # In steps, as scores are compared: the last bits of a product decide nothing, the better score does.
-    strength = np.float32(config.sameness * SCORE_STEPS)
+    # An array, as each product with a scalar would make one of it.
+    strength = np.array(config.sameness * SCORE_STEPS, np.float32)
     worth = np.float32(SCORE_STEPS) * ((1 - np.float32(config.sameness)) * _relevance(ordered, there & ~penalised))
-    worth -= penalised * (np.float32(SCORE_STEPS) * UNWANTED_PENALTY)
-    worth[~there] = -np.inf
+    if np.count_nonzero(penalised):
+        worth -= penalised * (np.float32(SCORE_STEPS) * UNWANTED_PENALTY)
+    if np.count_nonzero(there) < there.size:
+        worth[~there] = -np.inf
     worth = np.ascontiguousarray(worth)
     near = vectors.reshape(-1, vectors.shape[2]).take(in_row, axis=0) if strength else vectors
     kinds = categories.take(in_row)
-    over_limit = np.float32(SCORE_STEPS * _OVER_LIMIT)
-    full: Bools | None = None
+    over_limit: F32 | None = None
     taken: list[dict[int, int]] = [{} for _ in range(batch)]
     begins = np.arange(batch) * reach
     flat_worth, flat_near, flat_kinds = worth.ravel(), near.reshape(-1, vectors.shape[2]), kinds.ravel()
     # The greatest cosine to what was chosen, times its strength.
     likeness = np.zeros((batch, reach, 1), np.float32)
-    spare, value = np.empty_like(likeness), worth.copy()
+    spare, value, against = np.empty_like(likeness), worth.copy(), likeness[:, :, 0]
+    last_near = np.empty((batch, vectors.shape[2]), np.float32)
+    as_columns = last_near[:, :, None]
     chosen = np.zeros((min(k, reach), batch), np.int64)
     last = len(chosen) - 1
     for place, best in enumerate(chosen):
@@ -117,20 +121,21 @@ def diverse(
         at = best + begins
         flat_worth[at] = -np.inf
         if strength:
-            now = np.matmul(near, flat_near.take(at, axis=0)[:, :, None], out=spare if place else likeness)
+            flat_near.take(at, axis=0, out=last_near, mode="clip")
+            now = np.matmul(near, as_columns, out=spare if place else likeness)
             now *= strength
             if place:
                 np.maximum(likeness, now, out=likeness)
-        np.subtract(worth, likeness[:, :, 0], out=value)
+        np.subtract(worth, against, out=value)
         if config.max_per_category:
             for b, kind in enumerate(flat_kinds.take(at).tolist()):
                 times = taken[b][kind] = taken[b].get(kind, 0) + 1
                 # What has no category is never too many.
                 if kind > 0 and times == config.max_per_category:
-                    full = np.zeros(worth.shape, np.bool_) if full is None else full
-                    full[b] |= kinds[b] == kind
-            if full is not None:
-                np.subtract(value, over_limit, out=value, where=full)
+                    over_limit = np.zeros(worth.shape, np.float32) if over_limit is None else over_limit
+                    over_limit[b, kinds[b] == kind] = SCORE_STEPS * _OVER_LIMIT
+            if over_limit is not None:
+                value -= over_limit
     return at_columns(order, chosen.T), np.minimum(counts, last + 1)
 
 
@@ -139,7 +144,7 @@ def _relevance(scores: F32, usual: Bools) -> F32:
     low = np.minimum.reduce(scores, axis=1, keepdims=True, where=usual, initial=np.inf)
     high = np.maximum.reduce(scores, axis=1, keepdims=True, where=usual, initial=-np.inf)
     usual = usual & (high > low)
-    relevance = np.zeros_like(scores)
+    relevance = np.zeros(scores.shape, np.float32)
     np.subtract(scores, low, out=relevance, where=usual)
     np.divide(relevance, high - low, out=relevance, where=usual)
     return relevance

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Annotated, Any, Final, Literal
 
 import numpy as np
@@ -88,8 +89,7 @@ def _stretch(first: str, last: str) -> slice:
     return slice(_AT[first], _AT[last] + 1)
 
 
-_IMPRESSIONS: Final = _stretch("impressions_first", "impressions_fourth")
-_CLICKS: Final = _stretch("clicks_first", "clicks_fourth")
+_SHOWN_AND_CLICKED: Final = _stretch("impressions_first", "clicks_fourth")
 _ACTIONS: Final = _stretch("actions_first", "actions_fourth")
 _RATES: Final = _stretch("ctr_first", "quick_coec_fourth")
 _SIMS: Final = _stretch("sim_short", "sim_long")
@@ -184,16 +184,17 @@ class RawSlates:
     def empty(cls, slates: int, items: int) -> RawSlates:
         """Return slates without any item, to be filled in."""
         shape = (slates, items)
+        age, first_seen, shown, acted = np.full((4, *shape), np.nan, np.float32)
         return cls(
             valid=np.zeros(shape, np.bool_),
             items=np.zeros(shape, np.uint64),
             counters=np.zeros((*shape, HALF_LIVES, KINDS), np.float16),
-            age_seconds=np.full(shape, np.nan, np.float32),
-            first_seen_seconds=np.full(shape, np.nan, np.float32),
+            age_seconds=age,
+            first_seen_seconds=first_seen,
             sims=np.zeros((*shape, 2), np.float16),
             shown_counts=np.zeros(shape, np.uint8),
-            shown_age_seconds=np.full(shape, np.nan, np.float32),
-            acted_age_seconds=np.full(shape, np.nan, np.float32),
+            shown_age_seconds=shown,
+            acted_age_seconds=acted,
             positions=np.zeros(shape, np.uint16),
             recent_items=np.zeros((slates, RECENT), np.uint64),
             recent_age_seconds=np.zeros((slates, RECENT), np.float32),
@@ -203,7 +204,9 @@ class RawSlates:
         )
 
     def take(self, at: npt.NDArray[np.integer] | slice) -> RawSlates:
-        """Return the slates at ``at``."""
+        """Return the slates at ``at``; of all of them, these themselves."""
+        if isinstance(at, slice) and at == slice(None):
+            return self
         return RawSlates(*(getattr(self, name)[at] for name in self.__slots__))
 
 
@@ -253,7 +256,7 @@ def encode(raw: RawSlates, config: FeatureConfig) -> F32:
     of the slate, at most 0.
     """
     slates, items = raw.valid.shape
-    planes: F32 = np.zeros((len(COLUMNS), slates, items), np.float32)
+    planes: F32 = np.empty((len(COLUMNS), slates, items), np.float32)
     if slates and items:
         _counts(planes, raw, config)
         _item_facts(planes, raw)
@@ -287,24 +290,29 @@ def _counts(planes: F32, raw: RawSlates, config: FeatureConfig) -> None:
     logs = np.ascontiguousarray(raw.counters.transpose(3, 2, 0, 1), np.float32)
     # fmax takes the other one of two where one is NaN; np.nan_to_num takes many times as long for a single slate.
     logs = np.minimum(np.fmax(logs, np.float32(0), out=logs), np.float32(MAX_LOG_COUNT), out=logs)
-    planes[_IMPRESSIONS], planes[_CLICKS], planes[_ACTIONS] = logs[IMPRESSIONS], logs[CLICKS], logs[ACTIONS]
+    planes[_SHOWN_AND_CLICKED].reshape(2, *logs.shape[1:])[:] = logs[IMPRESSIONS : CLICKS + 1]
+    planes[_ACTIONS] = logs[ACTIONS]
     counts = np.exp(logs, out=logs)
     counts -= np.float32(1)
     np.maximum(counts[IMPRESSIONS], counts[CLICKS], out=counts[IMPRESSIONS])
     # All rates at once: [what clicks are held against, strength of its prior, half-lives, S, C].
     chances = counts[IMPRESSIONS :: EXPECTED - IMPRESSIONS][:, None]
-    priors = np.array((config.prior_ctr, config.prior_coec), np.float32)[:, None, :, None, None]
-    strengths = np.array(
-        (
-            (config.prior_strength, config.quick_prior_strength),
-            (config.coec_strength, config.quick_coec_strength),
-        ),
-        np.float32,
-    )[:, :, None, None, None]
+    priors, strengths = _priors(config)
     rates = planes[_RATES].reshape(2, 2, *counts.shape[1:])
     np.add(counts[CLICKS] / priors, strengths, out=rates)
     rates /= chances + strengths
     np.log(rates, out=rates)
+
+
+@lru_cache(maxsize=16)
+def _priors(config: FeatureConfig) -> tuple[F32, F32]:
+    """Return the means of the priors [2, 1, half-lives, 1, 1] and their strengths [2, 2, 1, 1, 1], to be read only."""
+    means = np.array((config.prior_ctr, config.prior_coec), np.float32)
+    strengths = (
+        (config.prior_strength, config.quick_prior_strength),
+        (config.coec_strength, config.quick_coec_strength),
+    )
+    return means[:, None, :, None, None], np.array(strengths, np.float32)[:, :, None, None, None]
 
 
 def _item_facts(planes: F32, raw: RawSlates) -> None:
@@ -312,13 +320,12 @@ def _item_facts(planes: F32, raw: RawSlates) -> None:
     _fill_sims(planes[_SIMS], raw)
     # All times at once, each in a unit of its own; how lately an item was shown is told in two.
     times = np.empty((len(_TIME_UNITS), *raw.valid.shape), np.float32)
-    times[0], times[1], times[2], times[4] = (
+    times[0], times[1], times[2:4], times[4] = (
         raw.age_seconds,
         raw.first_seen_seconds,
         raw.shown_age_seconds,
         raw.acted_age_seconds,
     )
-    times[3] = times[2]
     given = np.isfinite(times)
     times = np.where(given, np.maximum(times, np.float32(0), out=times), np.float32(0))
     times /= _TIME_UNITS
@@ -337,7 +344,9 @@ def _item_facts(planes: F32, raw: RawSlates) -> None:
 def _fill_sims(sims: F32, raw: RawSlates) -> None:
     """Fill the similarities, [2, S, C]."""
     sims[:] = raw.sims.transpose(2, 0, 1)
-    np.copyto(sims, 0.0, where=np.isnan(sims))
+    unknown = np.isnan(sims)
+    if np.count_nonzero(unknown):
+        sims[unknown] = 0.0
     np.clip(sims, -1.0, 1.0, out=sims)
 
 
@@ -371,7 +380,7 @@ def _relative(planes: F32, valid: Bools) -> None:
 def _compare(own: F32, compared: Bools, ranks: F32, gaps: F32) -> None:
     """Bring values [P, S, C] within bounds; fill rank and gap of each among those of its slate that are compared."""
     np.clip(own, -MAX_COMPARED, MAX_COMPARED, out=own)
-    n = compared.sum(axis=2, keepdims=True, dtype=np.int32)
+    n = np.add.reduce(compared, axis=2, keepdims=True, dtype=np.int32)
     # Whole numbers below 2^24: float32 holds them exactly.
     steps = own * np.float32(GRID)
     np.rint(steps, out=steps)
@@ -394,7 +403,8 @@ def _below(steps: F32, n: npt.NDArray[np.int32], out: F32) -> F32:
     low = whole((1 << bits) - 1)
     keys = steps.astype(whole)
     keys <<= whole(bits)
-    keys |= np.arange(width, dtype=whole)
+    turns = np.arange(width, dtype=whole)
+    keys |= turns
     keys.sort(axis=2)
     places = keys & low
     keys >>= whole(bits)
@@ -402,7 +412,7 @@ def _below(steps: F32, n: npt.NDArray[np.int32], out: F32) -> F32:
     others = (width - n).astype(whole)
     starts = np.empty(keys.shape, whole)
     starts[..., :1] = others
-    np.multiply(keys[..., 1:] != keys[..., :-1], np.arange(1, width, dtype=whole), out=starts[..., 1:])
+    np.multiply(keys[..., 1:] != keys[..., :-1], turns[1:], out=starts[..., 1:])
     np.maximum.accumulate(starts, axis=2, out=starts)
     # Back into the order of places by a sort as well, half the time of writing to each its place.
     places <<= whole(bits)

@@ -12,7 +12,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from models.catalogue import NOT_GIVEN_MS, Catalogue, SpaceVectors
+from models.catalogue import NOT_GIVEN_MS, Catalogue, SpaceVectors, is_inside
 from models.features import F32, RawSlates
 from models.item_index import ItemIndex
 from models.ranking import I32, NO_ROW, Bools, Past, RankingConfig, UserRows, scale_tastes
@@ -102,7 +102,8 @@ def raw_from_state(
     _fill_recent(raw, rows, users)
     if not width:
         return raw
-    raw.counters = np.log1p(counters.read_at(item_rows, time_ms)).astype(np.float16)
+    counts = counters.read_at(item_rows, time_ms)
+    raw.counters = np.log1p(counts, out=counts).astype(np.float16)
     raw.age_seconds = _ages(item_rows, time_ms, catalogue)
     raw.first_seen_seconds = counters.first_seen_seconds(item_rows, time_ms)
     _fill_shown(raw, rows, item_rows, catalogue, users, past)
@@ -145,7 +146,7 @@ def own_tastes(rows: UserRows, time_ms: Int64, users: TimedReader, ranking: Rank
     tastes = np.empty((len(short), 2, short.shape[1]), np.float32)
     tastes[:, 0], tastes[:, 1] = short, long
     tastes = scale_tastes(tastes, ranking.full_norm)
-    norms = np.sqrt((tastes * tastes).sum(axis=2))
+    norms = np.sqrt(np.add.reduce(tastes * tastes, axis=2))
     # The norm of what is not finite is not finite either.
     usable = has[:, None] & np.isfinite(norms) & (norms >= ranking.least_evidence)
     tastes[~usable] = 0.0
@@ -180,10 +181,13 @@ def _fill_acted(raw: RawSlates, item_rows: I32, items: UInt64 | None, catalogue:
 
 
 def _ages(item_rows: I32, time_ms: Int64, catalogue: Catalogue) -> F32:
-    given = (item_rows >= 0) & (item_rows < catalogue.capacity)
-    published_ms = catalogue.published_at_ms[item_rows * given]
+    given = is_inside(item_rows, catalogue.capacity)
+    published_ms = catalogue.published_at_ms.take(item_rows, mode="clip")
     given &= published_ms != NOT_GIVEN_MS
-    return np.where(given, (time_ms[:, None] - published_ms) / 1000.0, np.nan).astype(np.float32)
+    ages: F32 = ((time_ms[:, None] - published_ms) / 1000.0).astype(np.float32)
+    if np.count_nonzero(given) < given.size:
+        ages[~given] = np.nan
+    return ages
 
 
 def _rows_of(hashes: UInt64, catalogue: Catalogue) -> I32:

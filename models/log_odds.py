@@ -15,7 +15,7 @@ from models.counter_events import CLICKS, IMPRESSIONS
 from models.ctr import CtrScorer
 from models.errors import ModelError
 from models.features import FeatureConfig, RawSlates, encode
-from models.ranking import F32, I32, LONG_TERM, RankingConfig, clip_ctr
+from models.ranking import F32, I32, LONG_TERM, Bools, RankingConfig, clip_ctr
 
 PART_ITEMS: Final = 4_096
 """Items that are encoded and scored at once."""
@@ -48,7 +48,7 @@ def learned_log_odds(
     items, and ``x`` float32 [S, C, F]: the columns of ``raw``, where the caller has them. Raises ModelError where a
     score is not finite.
     """
-    log_odds = np.zeros(raw.valid.shape, np.float32)
+    log_odds = np.empty(raw.valid.shape, np.float32)
     # In parts whose numbers stay in the processor's cache: a quarter faster than a large batch at once.
     step = max(1, PART_ITEMS // max(1, raw.valid.shape[1]))
     for start in range(0, len(log_odds), step):
@@ -61,7 +61,8 @@ def learned_log_odds(
         logits, weights = scorer.logits(columns, items, recents, known, part.recent_age_seconds, part.recent_codes)
         if attention is not None:
             attention[at] = weights
-        log_odds[at] = np.where(part.valid, scorer.log_odds(logits), np.float32(0))
+        log_odds[at] = scorer.log_odds(logits)
+    _clear(log_odds, raw.valid)
     finite = np.count_nonzero(np.isfinite(log_odds))
     if finite < log_odds.size:
         raise ModelError(
@@ -85,15 +86,19 @@ def trusted_log_odds(log_odds: F32, raw: RawSlates, ranking: RankingConfig, prio
     if not ranking.half_trust_exposure or not log_odds.size:
         return log_odds
     # In float64, so that neither padding nor the order of the items moves a score by as much as is told apart.
-    shown = np.where(raw.valid, np.expm1(raw.counters[:, :, SHOWN_NOW, IMPRESSIONS].astype(np.float64)), 0.0)
-    total = shown.sum(axis=1, keepdims=True)
-    usual = (shown * shown).sum(axis=1, keepdims=True) / np.where(total > 0, total, 1.0)
+    shown = raw.counters[:, :, SHOWN_NOW, IMPRESSIONS].astype(np.float64)
+    np.expm1(shown, out=shown)
+    _clear(shown, raw.valid)
+    total = np.add.reduce(shown, axis=1, keepdims=True)
+    usual = np.add.reduce(shown * shown, axis=1, keepdims=True) / np.where(total > 0, total, 1.0)
     half = ranking.half_trust_exposure * usual
     exposure = shown + LEAST_EXPOSURE
     believed = exposure / (exposure + half)
     doubt = np.log(np.maximum(UNPROVEN_ODDS * (1 - believed), _LEAST))
     mixed = np.logaddexp(log_odds + np.log(believed), hand_set_log_odds(raw, ranking, priors) + doubt)
-    return np.where(raw.valid, mixed, 0.0).astype(np.float32)
+    trusted: F32 = mixed.astype(np.float32)
+    _clear(trusted, raw.valid)
+    return trusted
 
 
 def hand_set_log_odds(raw: RawSlates, ranking: RankingConfig, priors: FeatureConfig | None = None) -> F32:
@@ -111,19 +116,30 @@ def hand_set_log_odds(raw: RawSlates, ranking: RankingConfig, priors: FeatureCon
     shown = np.maximum(counts[IMPRESSIONS], clicks)
     strength, prior = np.float32(priors.prior_strength), np.float32(priors.prior_ctr[HALF_LIFE])
     ctr = clip_ctr(np.asarray((clicks + strength * prior) / (shown + strength), np.float32))
-    popularity = np.where(raw.valid, np.log1p(clicks), np.float32(0))
-    popularity /= np.maximum(popularity.max(axis=1, keepdims=True, initial=0), np.float32(1e-9))
+    popularity = np.log1p(clicks)
+    _clear(popularity, raw.valid)
+    popularity /= np.maximum(np.maximum.reduce(popularity, axis=1, keepdims=True, initial=0), np.float32(1e-9))
     score: npt.NDArray[np.float32] = raw.sims.astype(np.float32) @ ranking.taste_weights()[: LONG_TERM + 1]
     score += np.float32(ranking.ctr_weight) * _logit(ctr)
     score += np.float32(ranking.popularity_weight) * popularity
     score -= np.float32(ranking.shown_penalty) * raw.shown_counts
     if np.count_nonzero(np.isfinite(score)) < score.size:
         np.nan_to_num(score, copy=False, nan=0.0, posinf=1e4, neginf=-1e4)
-    score = np.where(raw.valid, score, np.float32(0))
-    items = np.maximum(raw.valid.sum(axis=1, keepdims=True), 1).astype(np.float32)
-    level = np.where(raw.valid, ctr, np.float32(0)).sum(axis=1, keepdims=True) / items
-    centred = score - score.sum(axis=1, keepdims=True) / items + _logit(clip_ctr(level))
-    return np.where(raw.valid, centred, np.float32(0)).astype(np.float32, copy=False)
+    _clear(score, raw.valid)
+    _clear(ctr, raw.valid)
+    items = np.maximum(np.add.reduce(raw.valid, axis=1, keepdims=True), 1).astype(np.float32)
+    expected: F32 = np.add.reduce(ctr, axis=1, keepdims=True)
+    level = expected / items
+    score -= np.add.reduce(score, axis=1, keepdims=True) / items
+    score += _logit(clip_ctr(level))
+    _clear(score, raw.valid)
+    return score
+
+
+def _clear(values: F32 | npt.NDArray[np.float64], valid: Bools) -> None:
+    """Set ``values`` [S, C] to 0 where not valid. Most often all are: counting them takes a fifth of the time."""
+    if np.count_nonzero(valid) < valid.size:
+        values[~valid] = 0
 
 
 def probability(log_odds: F32) -> F32:

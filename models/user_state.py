@@ -525,7 +525,7 @@ def user_vectors(
             until_ms = np.broadcast_to(np.asarray(now_ms, np.int64), len(rows))[foreign]
             context = Context.of(config, vectors, 0, space_id, 0, (), carry)
             h_RTD[foreign], _ = vectors_anew(rows_at(rows, foreign), until_ms, context)
-    has = h_RTD.any(axis=(1, 2))
+    has = np.logical_or.reduce(h_RTD, axis=(1, 2))
     return np.ascontiguousarray(h_RTD[:, 0]), np.ascontiguousarray(h_RTD[:, 1]), has
 
 
