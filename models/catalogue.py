@@ -58,10 +58,15 @@ class TermCodes:
         wanted = {code for t in terms if (code := self._codes.get(t)) is not None}
         if not wanted:
             return np.zeros(rows.shape, np.bool_)
-        table = np.zeros(len(self._codes) + 1, np.bool_)
-        table[list(wanted)] = True
+        codes = self._inline.take(rows, axis=0, mode="clip")
+        if len(wanted) == 1:
+            # A comparison is half the cost of a table, and rules ask for one term, as a rule.
+            flags = codes == next(iter(wanted))
+        else:
+            table = np.zeros(len(self._codes) + 1, np.bool_)
+            table[list(wanted)] = True
+            flags = table.take(codes)
         # A reduction over an axis of eight would cost more than all the rest.
-        flags = table.take(self._inline.take(rows, axis=0, mode="clip"))
         found: Bools = np.not_equal(flags.view(np.uint64)[..., 0], 0)
         if self._more:
             flat_rows, flat = rows.ravel(), found.reshape(-1)
@@ -141,7 +146,9 @@ class SpaceVectors:
         known = is_inside(rows, self.capacity)
         known &= self.has_vector.take(rows, mode="clip")
         found: Floats = self.vectors.take(rows, axis=0, mode="clip")
-        found[~known] = 0.0
+        # Of a slate's candidates all are known, as a rule.
+        if np.count_nonzero(known) < known.size:
+            found[~known] = 0.0
         return found, known
 
 

@@ -83,7 +83,7 @@ class ExperimentConfig(BaseModel):
         """
         if not self.name:
             return None
-        if _fraction(self.salt, HOLD_OUT, user_id) < self.hold_out_share:
+        if self.hold_out_share and _fraction(self.salt, HOLD_OUT, user_id) < self.hold_out_share:
             return HOLD_OUT
         at = _fraction(self.salt, self.name, user_id)
         for name, arm in self.arms.items():

@@ -97,15 +97,19 @@ def looked_at(
     for ``nearest_liked``. Named are at most MOST_NAMED, by weight: those with LEAST_WEIGHT and SHARE_OF_HIGHEST. The
     model may look at an item in order to avoid what is like it: a similarity below ``least`` is no reason here either.
     """
-    if not known.any():
+    if not np.count_nonzero(known):
         return np.full((*winner_vectors.shape[:2], 1), -1, np.int64)
-    highest = weights.max(axis=2, keepdims=True)
+    highest = np.maximum.reduce(weights, axis=2, keepdims=True)
     speaks = known[:, None, :] & (weights >= np.maximum(highest * np.float32(SHARE_OF_HIGHEST), LEAST_WEIGHT))
     speaks &= np.matmul(winner_vectors, liked_vectors.transpose(0, 2, 1)) >= least
-    weights = np.where(speaks, weights, np.float32(0))
-    flat = weights.reshape(-1, weights.shape[2])
-    best = np.argsort(-flat, axis=1, kind="stable")[:, :MOST_NAMED]
-    return np.where(at_columns(flat, best) > 0, best, -1).reshape(*weights.shape[:2], best.shape[1])
+    speaks = speaks.reshape(-1, speaks.shape[2])
+    named = np.full((len(speaks), min(MOST_NAMED, speaks.shape[1])), -1, np.int64)
+    # For few winners an item speaks: the weights of the others need no order.
+    (few,) = np.logical_or.reduce(speaks, axis=1).nonzero()
+    flat = np.where(speaks.take(few, axis=0), weights.reshape(speaks.shape).take(few, axis=0), np.float32(0))
+    best = (-flat).argsort(axis=1, kind="stable")[:, :MOST_NAMED]
+    named[few] = np.where(at_columns(flat, best) > 0, best, -1)
+    return named.reshape(*weights.shape[:2], named.shape[1])
 
 
 def assemble(winners: Winners, catalogue: Catalogue, languages: Sequence[Language]) -> list[list[RecommendedItem]]:
@@ -133,19 +137,21 @@ def assemble(winners: Winners, catalogue: Catalogue, languages: Sequence[Languag
         slate = []
         reasons = by_language[languages[b]]
         chances = drawn[b] if drawn is not None else None
-        for i in range(counts[b]):
-            source, likes, chance = sources[i], named[i], None
-            if chances is not None and chances[i] == chances[i]:
-                chance = chances[i]
+        each = zip(rows[: counts[b]], sources, scores, ctrs, trending, named, actions, strict=False)
+        for position, (row, source, score, ctr, trends, likes, action) in enumerate(each, 1):
+            chance = chances[position - 1] if chances is not None else None
+            if chance is not None and chance == chance:
                 reason = reasons.drawn_new if source == FRESH else reasons.drawn
-            # A popular item that nobody clicked yet is there for being new: being near says more.
-            elif likes[0] >= 0 and (source in _LIKED_SOURCES or (source == POPULAR and not trending[i])):
-                reason = reasons.because_clicked(tuple(likes), actions[i])
-            elif source == TREND_OF_CATEGORY:
-                reason = reasons.of_category(rows[i])
             else:
-                reason = reasons.plain(source, trending[i], asked[b])
-            slate.append(RecommendedItem(item_id(rows[i]), i + 1, scores[i], ctrs[i], SOURCES[source], chance, reason))
+                chance = None
+                # A popular item that nobody clicked yet is there for being new: being near says more.
+                if likes[0] >= 0 and (source in _LIKED_SOURCES or (source == POPULAR and not trends)):
+                    reason = reasons.because_clicked(tuple(likes), action)
+                elif source == TREND_OF_CATEGORY:
+                    reason = reasons.of_category(row)
+                else:
+                    reason = reasons.plain(source, trends, asked[b])
+            slate.append(RecommendedItem(item_id(row), position, score, ctr, SOURCES[source], chance, reason))
         slates.append(slate)
     return slates
 

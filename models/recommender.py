@@ -189,8 +189,9 @@ class Recommender:
         slates: dict[int, Slate] = {}
         for (shared, given, width), members in groups.items():
             wanted = [requests[i] for i in members]
-            # Indexed, records are copied field by field.
-            states = rows.take([r.row for r in wanted])
+            places = [r.row for r in wanted]
+            # Indexed, records are copied field by field; those of all, in their order, need no copy.
+            states = rows if places == list(range(len(rows))) else rows.take(places)
             model, _ = self._scorer(self._plans[shared])
             wanted_items = np.array([ks[i] for i in members], np.int64)
             batch = Batch(wanted, [numbers[i] for i in members], states, given, width, now_ms, wanted_items)
@@ -395,15 +396,18 @@ class Recommender:
         own = tastes[:, : LONG_TERM + 1]
         own[:, SHORT_TERM], own[:, LONG_TERM] = short, long
         own[:] = scale_tastes(own, ranking.full_norm)
-        own[~has] = 0.0
-        own[lengths(own) < ranking.least_evidence] = 0.0
-        has = np.logical_or.reduce(own, axis=(1, 2))
+        weak = lengths(own) < ranking.least_evidence
+        weak |= ~has[:, None]
+        if np.count_nonzero(weak):
+            own[weak] = 0.0
         for b, request in enumerate(batch.requests):
             if request.query_vector is not None:
                 tastes[b, QUERY] = unit(request.query_vector)
-            if request.profile_vector is not None and not has[b]:
+            if request.profile_vector is not None and not np.count_nonzero(own[b]):
                 tastes[b, PROFILE] = unit(request.profile_vector)
-        tastes[~np.isfinite(tastes).all(axis=2)] = 0.0
+        finite = np.isfinite(tastes)
+        if np.count_nonzero(finite) < finite.size:
+            tastes[~finite.all(axis=2)] = 0.0
         return tastes, np.logical_or.reduce(tastes, axis=2)
 
     def _given(self, batch: Batch, offers: Sequence[Offer]) -> Pool:
@@ -422,7 +426,7 @@ class Recommender:
 
         Needed under a narrow filter, or where a user has used up what the sources know.
         """
-        starved = np.flatnonzero(pool.valid.sum(axis=1) < batch.ks[offer.part.at])
+        starved = (np.add.reduce(pool.valid, axis=1) < batch.ks[offer.part.at]).nonzero()[0]
         if not len(starved):
             return
         servable = self._catalogue.servable_rows(batch.now_ms)
@@ -488,7 +492,8 @@ class Recommender:
             believed = log_odds[at]
             # Named candidates were chosen: the order among what is shown is what the model learned.
             if not batch.given and ranking.half_trust_exposure:
-                believed = trusted_log_odds(believed, raw.take(at), ranking, model.features)
+                own = raw if len(parts) == 1 else raw.take(at)
+                believed = trusted_log_odds(believed, own, ranking, model.features)
             scores[at] = believed + wish_log_odds(self._catalogue.vectors, pool.rows[at], tastes[at], ranking)
             if lift is not None:
                 scores[at] += np.float32(ranking.context_log_odds) * lift[at]
@@ -498,6 +503,8 @@ class Recommender:
         """Return how popular candidates are in their requests' contexts and their lift, [B, C]; None: as for all."""
         if all(offer.leanings is None for offer in offers):
             return None, None
+        if len(offers) == 1 and offers[0].leanings is not None:
+            return offers[0].leanings.read(pool.rows, self._popular)
         popularity, lift = self._popular.strength_of(pool.rows), np.zeros(pool.rows.shape, np.float32)
         for offer in offers:
             if offer.leanings is not None:

@@ -138,14 +138,19 @@ class _Snapshot:
         return self.rows[self.alive], vectors[self.alive]
 
     def search(self, queries: Floats, k: int) -> tuple[Rows, Floats]:
-        rows = np.full((len(queries), k), -1, np.int32)
-        scores = np.full((len(queries), k), -np.inf, np.float32)
         # Tombstones are spread like the items, as a rule; where they lie together, the loop asks for more.
         fetch = min(self._most, k if not self.dead else k + 8 + 2 * k * self.dead // len(self.rows))
+        found_scores, places = self.index.search(queries, fetch)
+        good = self._are_alive(places)
+        if fetch >= k and np.count_nonzero(good) == good.size:
+            return self.rows.take(places[:, :k]), found_scores[:, :k]
+        rows = np.full((len(queries), k), -1, np.int32)
+        scores = np.full((len(queries), k), -np.inf, np.float32)
         open_queries = np.arange(len(queries))
-        for _ in range(_DOUBLINGS + 1):
-            found_scores, places = self.index.search(queries[open_queries], fetch)
-            good = (places >= 0) & self.alive[places]
+        for doubling in range(_DOUBLINGS + 1):
+            if doubling:
+                found_scores, places = self.index.search(queries[open_queries], fetch)
+                good = self._are_alive(places)
             order = np.argsort((~good).view(np.uint8), axis=1, kind="stable")[:, :k]
             chosen = at_columns(good, order)
             width = order.shape[1]
@@ -156,6 +161,13 @@ class _Snapshot:
                 break
             fetch = min(self._most, 2 * fetch)
         return rows, scores
+
+    def _are_alive(self, places: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+        """Return which found places hold a living item, bool of their shape; -1 is none."""
+        good = places >= 0
+        if self.dead:
+            good &= self.alive[places]
+        return good
 
 
 class RecallCheck:
