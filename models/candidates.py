@@ -241,7 +241,7 @@ def search_tastes(index: VectorIndex, tastes: F32, active: Bools, per_taste: int
     (at,) = searched.reshape(-1).nonzero()
     if len(at):
         rows, _ = index.search(tastes.reshape(-1, tastes.shape[2]).take(at, axis=0), per_taste)
-        found.reshape(-1, per_taste)[at] = rows
+        found.reshape(active.size, per_taste)[at] = rows
     return found
 
 

@@ -30,7 +30,7 @@ Floats = npt.NDArray[np.float32]
 
 
 class TermCodes:
-    """Interned terms (categories, tags) of each row, so that "has any of these" is one table look-up.
+    """Interned terms (categories, tags) of each row, so that "has any of these" is one look-up for all rows.
 
     The first few codes of a row lie in a matrix; rows with more of them keep the rest in a dictionary.
     """
@@ -60,7 +60,7 @@ class TermCodes:
             return np.zeros(rows.shape, np.bool_)
         codes = self._inline.take(rows, axis=0, mode="clip")
         if len(wanted) == 1:
-            # A comparison is half the cost of a table, and rules ask for one term, as a rule.
+            # Most filters name one term, and a comparison costs half of a table.
             flags = codes == next(iter(wanted))
         else:
             table = np.zeros(len(self._codes) + 1, np.bool_)

@@ -148,7 +148,7 @@ class CtrScorer:
         That is the weights a_r of the recents, float32 [S, C, R]; their sum is 1 less the weight of "nothing", 0 where
         not known. ``x_SCF``: as models.features.encode gives it. ``items_SCD``: unit vectors, zero for an item without
         one. ``recent_known_SR``: the place holds an item with a vector. ``recent_age_SR``: seconds before the
-        impression, at least 0, any value where not known. Padded items get any finite value.
+        impression, at least 0, any value where not known. Padded items get any finite value. R is at least 1.
         """
         slates, width, dim = items_SCD.shape
         kinds = recent_codes_SR & np.uint8(KIND_MASK)
@@ -162,9 +162,9 @@ class CtrScorer:
         gram = values @ values.transpose(0, 2, 1)
         square = np.einsum("scr,scr->sc", attention @ gram, attention)
         hidden: F32 = attention @ (values @ self.tensors["head.user"])
-        flat = hidden.reshape(slates * width, -1)
+        flat = hidden.reshape(slates * width, hidden.shape[2])
         flat += items_SCD.reshape(-1, dim) @ self.tensors["head.item"]
-        flat += x_SCF.reshape(slates * width, -1) @ self._features
+        flat += x_SCF.reshape(slates * width, x_SCF.shape[2]) @ self._features
         flat += self._bias
         for weight, bias in self._layers:
             flat = self._activate(flat) @ weight

@@ -93,7 +93,7 @@ def diverse(
     ordered = scores.take(in_row)
     penalised = ordered < -UNWANTED_PENALTY / 2
     # In steps, as scores are compared: the last bits of a product decide nothing, the better score does.
-    # An array, as each product with a scalar would make one of it.
+    # Without a dimension, but an array: each product would make one of a scalar.
     strength = np.array(config.sameness * SCORE_STEPS, np.float32)
     worth = np.float32(SCORE_STEPS) * ((1 - np.float32(config.sameness)) * _relevance(ordered, there & ~penalised))
     if np.count_nonzero(penalised):
@@ -103,15 +103,16 @@ def diverse(
     worth = np.ascontiguousarray(worth)
     near = vectors.reshape(-1, vectors.shape[2]).take(in_row, axis=0) if strength else vectors
     kinds = categories.take(in_row)
-    over_limit: F32 | None = None
+    surplus: F32 | None = None  # what is taken off the worth of items whose category is full
     taken: list[dict[int, int]] = [{} for _ in range(batch)]
     begins = np.arange(batch) * reach
     flat_worth, flat_near, flat_kinds = worth.ravel(), near.reshape(-1, vectors.shape[2]), kinds.ravel()
     # The greatest cosine to what was chosen, times its strength.
     likeness = np.zeros((batch, reach, 1), np.float32)
-    spare, value, against = np.empty_like(likeness), worth.copy(), likeness[:, :, 0]
-    last_near = np.empty((batch, vectors.shape[2]), np.float32)
-    as_columns = last_near[:, :, None]
+    spare, value = np.empty_like(likeness), worth.copy()
+    chosen_last = np.empty((batch, vectors.shape[2], 1), np.float32)
+    # Views, made once: what they show changes with each place.
+    likeness_flat, chosen_flat = likeness[:, :, 0], chosen_last[:, :, 0]
     chosen = np.zeros((min(k, reach), batch), np.int64)
     last = len(chosen) - 1
     for place, best in enumerate(chosen):
@@ -121,21 +122,21 @@ def diverse(
         at = best + begins
         flat_worth[at] = -np.inf
         if strength:
-            flat_near.take(at, axis=0, out=last_near, mode="clip")
-            now = np.matmul(near, as_columns, out=spare if place else likeness)
+            flat_near.take(at, axis=0, out=chosen_flat, mode="clip")
+            now = np.matmul(near, chosen_last, out=spare if place else likeness)
             now *= strength
             if place:
                 np.maximum(likeness, now, out=likeness)
-        np.subtract(worth, against, out=value)
+        np.subtract(worth, likeness_flat, out=value)
         if config.max_per_category:
             for b, kind in enumerate(flat_kinds.take(at).tolist()):
                 times = taken[b][kind] = taken[b].get(kind, 0) + 1
                 # What has no category is never too many.
                 if kind > 0 and times == config.max_per_category:
-                    over_limit = np.zeros(worth.shape, np.float32) if over_limit is None else over_limit
-                    over_limit[b, kinds[b] == kind] = SCORE_STEPS * _OVER_LIMIT
-            if over_limit is not None:
-                value -= over_limit
+                    surplus = np.zeros(worth.shape, np.float32) if surplus is None else surplus
+                    surplus[b, kinds[b] == kind] = SCORE_STEPS * _OVER_LIMIT
+            if surplus is not None:
+                value -= surplus
     return at_columns(order, chosen.T), np.minimum(counts, last + 1)
 
 

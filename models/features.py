@@ -204,9 +204,7 @@ class RawSlates:
         )
 
     def take(self, at: npt.NDArray[np.integer] | slice) -> RawSlates:
-        """Return the slates at ``at``; of all of them, these themselves."""
-        if isinstance(at, slice) and at == slice(None):
-            return self
+        """Return the slates at ``at``."""
         return RawSlates(*(getattr(self, name)[at] for name in self.__slots__))
 
 
@@ -306,13 +304,19 @@ def _counts(planes: F32, raw: RawSlates, config: FeatureConfig) -> None:
 
 @lru_cache(maxsize=16)
 def _priors(config: FeatureConfig) -> tuple[F32, F32]:
-    """Return the means of the priors [2, 1, half-lives, 1, 1] and their strengths [2, 2, 1, 1, 1], to be read only."""
+    """Return the means of the priors [2, 1, half-lives, 1, 1] and their strengths [2, 2, 1, 1, 1]."""
     means = np.array((config.prior_ctr, config.prior_coec), np.float32)
-    strengths = (
-        (config.prior_strength, config.quick_prior_strength),
-        (config.coec_strength, config.quick_coec_strength),
+    strengths = np.array(
+        (
+            (config.prior_strength, config.quick_prior_strength),
+            (config.coec_strength, config.quick_coec_strength),
+        ),
+        np.float32,
     )
-    return means[:, None, :, None, None], np.array(strengths, np.float32)[:, :, None, None, None]
+    # The next call gets the same arrays.
+    means.setflags(write=False)
+    strengths.setflags(write=False)
+    return means[:, None, :, None, None], strengths[:, :, None, None, None]
 
 
 def _item_facts(planes: F32, raw: RawSlates) -> None:
@@ -403,8 +407,8 @@ def _below(steps: F32, n: npt.NDArray[np.int32], out: F32) -> F32:
     low = whole((1 << bits) - 1)
     keys = steps.astype(whole)
     keys <<= whole(bits)
-    turns = np.arange(width, dtype=whole)
-    keys |= turns
+    columns = np.arange(width, dtype=whole)
+    keys |= columns
     keys.sort(axis=2)
     places = keys & low
     keys >>= whole(bits)
@@ -412,7 +416,7 @@ def _below(steps: F32, n: npt.NDArray[np.int32], out: F32) -> F32:
     others = (width - n).astype(whole)
     starts = np.empty(keys.shape, whole)
     starts[..., :1] = others
-    np.multiply(keys[..., 1:] != keys[..., :-1], turns[1:], out=starts[..., 1:])
+    np.multiply(keys[..., 1:] != keys[..., :-1], columns[1:], out=starts[..., 1:])
     np.maximum.accumulate(starts, axis=2, out=starts)
     # Back into the order of places by a sort as well, half the time of writing to each its place.
     places <<= whole(bits)

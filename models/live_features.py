@@ -38,7 +38,10 @@ class CountsReader(Protocol):
     """What is read of item counts, each slate at a time of its own; ItemCounters and CountersAsOf are two."""
 
     def read_at(self, rows: npt.NDArray[np.integer], times_ms: Int64) -> F32:
-        """Return the decayed counts of rows [S, …], each slate at its time [S]: float32 [S, …, 4, kinds]."""
+        """Return the decayed counts of rows [S, …], each slate at its time [S]: float32 [S, …, 4, kinds].
+
+        The array is the caller's own: it may be written.
+        """
 
     def first_seen_seconds(self, rows: npt.NDArray[np.integer], times_ms: Int64) -> F32:
         """Return the time since the first impression of rows [S, …], each slate at its time [S], NaN = none."""

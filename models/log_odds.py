@@ -137,7 +137,8 @@ def hand_set_log_odds(raw: RawSlates, ranking: RankingConfig, priors: FeatureCon
 
 
 def _clear(values: F32 | npt.NDArray[np.float64], valid: Bools) -> None:
-    """Set ``values`` [S, C] to 0 where not valid. Most often all are: counting them takes a fifth of the time."""
+    """Set ``values`` [S, C] to 0 where not valid. Most often all are."""
+    # Counting takes a fifth of the time of np.where, which would copy all values besides.
     if np.count_nonzero(valid) < valid.size:
         values[~valid] = 0
 

@@ -27,7 +27,7 @@ Bools = npt.NDArray[np.bool_]
 
 TASTES: Final = ("short_term", "long_term", "profile", "query")
 """Order of the vectors that describe what a request is after; also names of candidate sources."""
-SHORT_TERM, LONG_TERM, PROFILE, QUERY = range(4)
+SHORT_TERM, LONG_TERM, PROFILE, QUERY = range(4)  # both wishes, PROFILE and QUERY, are read as one stretch
 SCORE_STEPS: Final = 1e5
 """Scores are compared in steps of 1e-5, so that the last bits of a matrix product never decide an order."""
 CTR_EDGE: Final = 1e-6
@@ -303,8 +303,8 @@ def clip_ctr(ctr: F32) -> F32:
 def top_k(scores: F32, rows: I32, valid: Bools, k: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """Return the columns of the best ``k`` of each request, best first, int64 [B, min(k, C)], and how many count [B].
 
-    Ties (scores equal to 1e-5) are broken by the row number, lowest first. Columns from the count on are
-    padding.
+    Ties (scores equal to 1e-5) are broken by the row number, lowest first; the valid rows of a request are different
+    ones. Columns from the count on are padding.
     """
     steps = np.minimum(np.maximum(scores, np.float32(-2e4)), np.float32(2e4))
     steps *= np.float32(-SCORE_STEPS)
@@ -313,10 +313,10 @@ def top_k(scores: F32, rows: I32, valid: Bools, k: int) -> tuple[npt.NDArray[np.
     keys |= rows
     width = rows.shape[1]
     if np.count_nonzero(valid) < valid.size:
-        # Each key is another one, so that a sort need not be stable: for many requests, that takes thrice as long.
         keys = np.where(valid, keys, _LAST - width + np.arange(width))
     k = min(k, width)
     counts = np.minimum(np.add.reduce(valid, axis=1), k)
+    # No two keys are equal, as the rows are different: a stable sort would take up to three times as long.
     if k == width:
         return keys.argsort(axis=1), counts
     columns = np.argpartition(keys, k - 1, axis=1)[:, :k] if k else np.zeros((len(rows), 0), np.int64)

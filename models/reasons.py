@@ -140,17 +140,17 @@ def assemble(winners: Winners, catalogue: Catalogue, languages: Sequence[Languag
         each = zip(rows[: counts[b]], sources, scores, ctrs, trending, named, actions, strict=False)
         for position, (row, source, score, ctr, trends, likes, action) in enumerate(each, 1):
             chance = chances[position - 1] if chances is not None else None
-            if chance is not None and chance == chance:
-                reason = reasons.drawn_new if source == FRESH else reasons.drawn
-            else:
+            if chance is not None and chance != chance:
                 chance = None
-                # A popular item that nobody clicked yet is there for being new: being near says more.
-                if likes[0] >= 0 and (source in _LIKED_SOURCES or (source == POPULAR and not trends)):
-                    reason = reasons.because_clicked(tuple(likes), action)
-                elif source == TREND_OF_CATEGORY:
-                    reason = reasons.of_category(row)
-                else:
-                    reason = reasons.plain(source, trends, asked[b])
+            if chance is not None:
+                reason = reasons.drawn_new if source == FRESH else reasons.drawn
+            # A popular item that nobody clicked yet is there for being new: being near says more.
+            elif likes[0] >= 0 and (source in _LIKED_SOURCES or (source == POPULAR and not trends)):
+                reason = reasons.because_clicked(tuple(likes), action)
+            elif source == TREND_OF_CATEGORY:
+                reason = reasons.of_category(row)
+            else:
+                reason = reasons.plain(source, trends, asked[b])
             slate.append(RecommendedItem(item_id(row), position, score, ctr, SOURCES[source], chance, reason))
         slates.append(slate)
     return slates

@@ -191,7 +191,7 @@ class Recommender:
             wanted = [requests[i] for i in members]
             places = [r.row for r in wanted]
             # Indexed, records are copied field by field; those of all, in their order, need no copy.
-            states = rows if places == list(range(len(rows))) else rows.take(places)
+            states = rows if len(places) == len(rows) and places == list(range(len(rows))) else rows.take(places)
             model, _ = self._scorer(self._plans[shared])
             wanted_items = np.array([ks[i] for i in members], np.int64)
             batch = Batch(wanted, [numbers[i] for i in members], states, given, width, now_ms, wanted_items)
@@ -501,10 +501,11 @@ class Recommender:
 
     def _by_context(self, pool: Pool, offers: Sequence[Offer]) -> tuple[F32 | None, F32 | None]:
         """Return how popular candidates are in their requests' contexts and their lift, [B, C]; None: as for all."""
-        if all(offer.leanings is None for offer in offers):
+        leanings = [offer.leanings for offer in offers if offer.leanings is not None]
+        if not leanings:
             return None, None
-        if len(offers) == 1 and offers[0].leanings is not None:
-            return offers[0].leanings.read(pool.rows, self._popular)
+        if len(offers) == 1:
+            return leanings[0].read(pool.rows, self._popular)
         popularity, lift = self._popular.strength_of(pool.rows), np.zeros(pool.rows.shape, np.float32)
         for offer in offers:
             if offer.leanings is not None:

@@ -142,6 +142,7 @@ class _Snapshot:
         fetch = min(self._most, k if not self.dead else k + 8 + 2 * k * self.dead // len(self.rows))
         found_scores, places = self.index.search(queries, fetch)
         good = self._are_alive(places)
+        # As a rule, all that was found is alive, and as many as asked for.
         if fetch >= k and np.count_nonzero(good) == good.size:
             return self.rows.take(places[:, :k]), found_scores[:, :k]
         rows = np.full((len(queries), k), -1, np.int32)

@@ -142,6 +142,11 @@ def test_a_named_candidate_that_the_past_rules_out_comes_last(world: World) -> N
     assert world.ids(k=3, candidates=["b0", "a1", "c1"])[2] == "b0"
 
 
+def test_a_request_that_names_no_candidate_gets_an_empty_slate(world: World) -> None:
+    serve(world, scorer())
+    assert world.slate(k=3, candidates=[]).items == []
+
+
 def test_candidates_come_from_the_models_own_index_and_vectors(world: World) -> None:
     world.act("a0")
     other, index = SpaceVectors(DIM), VectorIndex(DIM)
