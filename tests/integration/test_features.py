@@ -68,7 +68,8 @@ async def test_every_impression_has_its_features_exactly_once_in_effect_after_th
 ) -> None:
     async with world(settings_with, tmp_path, worker={"commit_interval_seconds": 0.01}) as on:
         for round_number in range(3):
-            await on.publish(traffic(on, 1_200, 120, seed=round_number))
+            # So many that a worker is not done before a busy machine comes to killing it.
+            await on.publish(traffic(on, 4_000, 120, seed=round_number))
             written = sum((await on.end_offsets(on.names.features)).values())
             worker = on.worker(f"worker-{round_number}")
 
